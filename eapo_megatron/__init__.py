@@ -1,0 +1,1 @@
+"""Entropy-aware policy optimization (EAPO, arXiv 2604.11056) for large language models on Megatron."""

@@ -1,0 +1,42 @@
+"""RL algorithms with entropy-aware credit: tensors in, tensors out, torch alone.
+
+The order of use: `group_advantages` from rewards, `shape_advantages` (EAPO and its baselines), `loss_weights` over the
+optimizer step, `policy_loss` for each micro-batch. Every statistic is exact over the ranks of `process_group`; with
+`process_group=None` no function communicates, whether or not torch.distributed is initialised.
+"""
+
+from .advantages import ESTIMATORS, group_advantages
+from .aggregation import AGGREGATIONS, loss_weights
+from .policy_loss import (
+    KL_ESTIMATORS,
+    LOSSES,
+    LossInputs,
+    LossOutputs,
+    LossSettings,
+    policy_loss,
+    policy_loss_unchecked,
+)
+from .quadrants import QUADRANTS, quadrant_masks, quadrant_metrics, quadrant_statistics
+from .shaping import SHAPINGS, ShapingInputs, eapo_advantages, shape_advantages
+
+__all__ = [
+    "AGGREGATIONS",
+    "ESTIMATORS",
+    "KL_ESTIMATORS",
+    "LOSSES",
+    "QUADRANTS",
+    "SHAPINGS",
+    "LossInputs",
+    "LossOutputs",
+    "LossSettings",
+    "ShapingInputs",
+    "eapo_advantages",
+    "group_advantages",
+    "loss_weights",
+    "policy_loss",
+    "policy_loss_unchecked",
+    "quadrant_masks",
+    "quadrant_metrics",
+    "quadrant_statistics",
+    "shape_advantages",
+]

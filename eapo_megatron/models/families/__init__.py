@@ -1,0 +1,23 @@
+"""Model families by the `model_type` of their config.json: one file each, nothing else to edit."""
+
+from __future__ import annotations
+
+from eapo_megatron.models.families import qwen2
+from eapo_megatron.models.families.family import Family, UnsupportedModelError, Weight
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen2.FAMILY,)}
+
+
+def family_of(hf_config: dict) -> Family:
+    """The family that reads this config.json.
+
+    Raises:
+        UnsupportedModelError: naming the model type and the known ones.
+    """
+    model_type = hf_config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(f"model_type {model_type!r} is not supported (known: {', '.join(sorted(FAMILIES))})")
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Family", "UnsupportedModelError", "Weight", "family_of"]

@@ -1,0 +1,133 @@
+"""The modules that megatron-core's own layer specs lack: attention over a mask without Transformer Engine, RMSNorm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Core attention through torch's fused kernels: memory linear in the sequence length, on CPU and GPU.
+
+    Megatron's local attention holds [b, heads, s, s] scores in float32 and refuses differing head counts per group.
+    """
+
+    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attention of query [sq, b, heads, d] over key and value [sk, b, groups, d] -> [sq, b, heads * d].
+
+        `attention_mask` is bool, broadcastable to [b, heads, sq, sk], True where attention is NOT allowed. Without
+        it the mask is causal, or none at all for `AttnMaskType.no_mask`.
+        """
+        assert attention_bias is None
+        assert packed_seq_params is None
+        length, batch, heads, _ = query.shape
+        repeats = heads // key.shape[2]
+        if length == 1 and attention_mask is not None:
+            # Decoding: a group's queries share its keys and the mask, so they line up as if they were positions.
+            query = query.reshape(batch, -1, repeats, query.shape[-1]).permute(2, 0, 1, 3)
+        elif repeats > 1:
+            key, value = (part.repeat_interleave(repeats, dim=2) for part in (key, value))
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
+        context = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None and attn_mask_type != AttnMaskType.no_mask,
+            scale=self.softmax_scale,
+        )
+        if length == 1 and attention_mask is not None:
+            return context.reshape(1, batch, -1)
+        return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+
+class CachingSelfAttention(SelfAttention):
+    """Self-attention whose KV cache holds keys already rotated.
+
+    Megatron's own keeps them bare and rotates the whole cache again for every token.
+    """
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: BaseInferenceContext | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: tuple[Tensor, Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        if inference_context is not None and rotary_pos_emb is not None:
+            start = inference_context.sequence_len_offset
+            query, key = (
+                apply_rotary_pos_emb(
+                    states,
+                    angles[start : start + states.shape[0]],
+                    config=self.config,
+                    mscale=_yarn_get_concentration_factor_from_config(self.config),
+                    cp_group=self.pg_collection.cp,
+                )
+                for states, angles in zip((query, key), rotary_pos_emb, strict=True)
+            )
+            rotary_pos_emb = None
+        return super()._adjust_key_value_for_inference(
+            inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+        )
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm whose weight tells Megatron to sum its gradient over ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def block_spec(
+    config: TransformerConfig, *, vp_stage: int | None, transformer_engine: bool
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """The layers of this pipeline stage's chunk: Transformer Engine's where asked for (not run here), else local."""
+    if transformer_engine:
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    attention = layer.submodules.self_attention
+    attention.module = CachingSelfAttention
+    attention.submodules.core_attention = ScaledDotProductAttention
+    if transformer_engine:
+        return layer
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
+    )

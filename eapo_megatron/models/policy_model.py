@@ -1,0 +1,226 @@
+"""The policy: megatron-core's GPTModel on each pipeline stage, with a head that runs on chosen positions only.
+
+At 150k vocabulary the logits dwarf every other activation, and a policy needs them at response positions alone; so
+the last stage's forward takes the positions it shall score and projects nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from eapo_megatron.config import Model, Parallel
+from eapo_megatron.models.families import Weight, family_of
+from eapo_megatron.models.layers import block_spec
+from eapo_megatron.models.runtime import Runtime
+
+SEQUENCE_PARALLEL_ATTRIBUTES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PolicyChunk(GPTModel):
+    """One chunk of layers on one pipeline stage."""
+
+    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        if self.post_process:
+            # The head gets hidden states already gathered over the sequence, so its input gradient is all-reduced.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        head_positions: tuple[Tensor, Tensor] | None = None,
+        inference_context: StaticInferenceContext | None = None,
+    ) -> Tensor:
+        """input_ids [b, s] -> hidden states [s, b, H]; on the last chunk logits [M, V/TP] of M chosen positions.
+
+        `head_positions` are their rows (in b) and columns (in s), each int64 [M]. Without `attention_mask` (bool,
+        True where not allowed) attention is causal.
+        """
+        decoder_input, rotary_pos_emb, *_ = self._preprocess(
+            input_ids=input_ids, position_ids=position_ids, inference_context=inference_context
+        )
+        hidden = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=attention_mask,
+            inference_context=inference_context,
+            rotary_pos_emb=rotary_pos_emb,
+        )
+        if not self.post_process:
+            return hidden
+        assert head_positions is not None
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        rows, columns = head_positions
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden[columns, rows].unsqueeze(1), weight=weight)
+        return logits.squeeze(1)
+
+
+@dataclass
+class Policy:
+    """This rank's part of the policy.
+
+    `chunks` are wrapped for data-parallel gradient reduction; with interleaved pipelining a rank holds several.
+    """
+
+    chunks: list[DistributedDataParallel]
+    config: TransformerConfig
+    hf_config: Mapping[str, Any]
+    runtime: Runtime
+
+    @property
+    def vocab_size(self) -> int:
+        """The real vocabulary, without padded columns."""
+        return self.hf_config["vocab_size"]
+
+    @property
+    def modules(self) -> list[PolicyChunk]:
+        return [chunk.module for chunk in self.chunks]
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Without gradients, in evaluation mode, and without sequence parallelism (single tokens do not split)."""
+        sharded = [
+            (part, name)
+            for module in self.modules
+            for part in module.modules()
+            for name in SEQUENCE_PARALLEL_ATTRIBUTES
+            if getattr(part, name, False) is True and self.config.sequence_parallel
+        ]
+        _set_all(sharded, False)
+        self.config.sequence_parallel, before = False, self.config.sequence_parallel
+        for module in self.modules:
+            module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in self.modules:
+                module.train()
+            self.config.sequence_parallel = before
+            _set_all(sharded, True)
+
+
+def _set_all(attributes: Sequence[tuple[torch.nn.Module, str]], value: bool) -> None:
+    for module, name in attributes:
+        setattr(module, name, value)
+
+
+def named_weights(module: PolicyChunk, hf_config: Mapping[str, Any]) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
+    """Each parameter of a chunk with its name there and its mapping to Hugging Face tensors."""
+    by_name = {weight.name: weight for weight in family_of(dict(hf_config)).weights(hf_config)}
+    for name, parameter in module.named_parameters():
+        full_name = _global_name(module, name)
+        if full_name == "output_layer.weight" and full_name not in by_name:
+            full_name = "embedding.word_embeddings.weight"  # a tied model's last stage holds its own copy
+        yield name, parameter, by_name[full_name]
+
+
+def _global_name(module: PolicyChunk, name: str) -> str:
+    """A parameter's name in the whole model: a chunk counts its layers from 0."""
+    # Transformer Engine fuses a norm into the linear layer that follows it.
+    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+    name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    if not name.startswith("decoder.layers."):
+        return name
+    _, _, local, rest = name.split(".", 3)
+    return f"decoder.layers.{module.decoder.layers[int(local)].layer_number - 1}.{rest}"
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up so that every tensor-parallel rank has the same multiple of 8 columns."""
+    multiple = 8 * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(hf_config: Mapping[str, Any], model: Model, parallel: Parallel) -> TransformerConfig:
+    """Megatron's settings of this architecture under this layout."""
+    dtype = DTYPES[model.dtype]
+    recompute: dict[str, Any] = {}
+    if model.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.recompute == "selective":
+        recompute = {"recompute_granularity": "selective"}
+    return TransformerConfig(
+        **family_of(dict(hf_config)).transformer_config(hf_config),
+        **recompute,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # Losses come divided by the optimizer step's global denominator: gradients are sums, nothing is averaged.
+        calculate_per_token_loss=True,
+        # Interleaved stages may both send to and receive from one rank at a time: point to point, in Megatron's order.
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
+        variable_seq_lengths=parallel.virtual_pipeline_model_parallel_size is None,
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models too
+        use_cpu_initialization=True,
+        perform_initialization=False,  # weights are loaded, or drawn by name
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+
+
+def build_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel, runtime: Runtime) -> Policy:
+    """Builds this rank's chunks with unset weights; `conversion.load_weights` fills them."""
+    config = transformer_config(hf_config, model, parallel)
+    use_te = runtime.device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.use_distributed_optimizer, grad_reduce_in_fp32=True
+    )
+    chunks = []
+    for index in range(virtual or 1):
+        vp_stage = index if virtual else None
+        module = PolicyChunk(
+            config,
+            transformer_layer_spec=block_spec(config, vp_stage=vp_stage, transformer_engine=use_te),
+            vocab_size=padded_vocab_size(hf_config["vocab_size"], parallel.tensor_model_parallel_size),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+            **family_of(dict(hf_config)).gpt_model(hf_config),
+        )
+        module.to(runtime.device, DTYPES[model.dtype])
+        for _, parameter, weight in named_weights(module, hf_config):
+            # Megatron sets these marks while it initialises weights; the gradient norm counts shards by them.
+            if weight.tp_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, True, weight.tp_dim, 1)
+        chunks.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0))
+    config.no_sync_func = [chunk.no_sync for chunk in chunks] if virtual else chunks[0].no_sync
+    for chunk in chunks:
+        chunk.broadcast_params()
+    return Policy(chunks, config, hf_config, runtime)
+

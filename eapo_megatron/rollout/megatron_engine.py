@@ -1,0 +1,170 @@
+"""The embedded engine: the training policy itself decodes, with a KV cache, under the training layout.
+
+Prompts are padded on the left (rotary positions are relative, so a shift changes nothing) and prefilled once; the
+cache is then repeated for the G responses of each prompt, and rows that are done leave the batch once half of it is.
+Pipeline stages pass hidden states down, chunk by chunk under interleaving; the last stage draws the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from eapo_megatron.models.policy_model import Policy
+from eapo_megatron.rollout.engine import Response, SamplingParams
+from eapo_megatron.rollout.sampling import draw, filtered_log_probs, response_uniforms
+
+
+class MegatronEngine:
+    """Samples from `policy` in batches of at most `max_batch_size` responses."""
+
+    def __init__(self, policy: Policy, *, pad_token_id: int, max_batch_size: int) -> None:
+        self.policy = policy
+        self.pad_token_id = pad_token_id
+        self.max_batch_size = max_batch_size
+
+    def sync_weights(self) -> None:
+        """The engine shares the policy's parameters."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> list[list[Response]]:
+        """For each prompt one response a seed, on every rank of the model replica."""
+        responses: list[list[Response]] = []
+        with self.policy.inference():
+            for start, stop in self._batches(seeds):
+                responses += self._generate_batch(prompts[start:stop], seeds[start:stop], sampling)
+        return responses
+
+    def _batches(self, seeds: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+        """Runs of prompts whose responses fit the batch size (a single prompt always goes)."""
+        start, size = 0, 0
+        for index, generations in enumerate(seeds):
+            if index > start and size + len(generations) > self.max_batch_size:
+                yield start, index
+                start, size = index, 0
+            size += len(generations)
+        if start < len(seeds):
+            yield start, len(seeds)
+
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> list[list[Response]]:
+        device = self.policy.runtime.device
+        width, length = max(map(len, prompts)), sampling.max_response_tokens
+        padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+        ids = torch.tensor(
+            [[self.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
+        )
+        context = StaticInferenceContext(max_batch_size=len(prompts), max_sequence_length=width + length)
+        logits = self._forward(ids, _prefill_mask(padding, width), context)
+
+        copies = torch.tensor([len(generations) for generations in seeds], device=device)
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
+        logits = _select_rows(context, rows, logits)
+        padding = padding[rows]
+        flat_seeds = [seed for generations in seeds for seed in generations]
+        uniforms = response_uniforms(flat_seeds, length).to(device)
+        count = len(flat_seeds)
+        tokens = torch.zeros(count, length, dtype=torch.int64, device=device)
+        log_probs = torch.zeros(count, length, device=device)
+        lengths = torch.full((count,), length, device=device)
+        stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
+        active = torch.arange(count, device=device)  # the response in each row of the batch
+        running = torch.ones(count, dtype=torch.bool, device=device)  # rows of the batch not yet done
+
+        for step in range(length):
+            drawn, drawn_log_probs = self._draw(logits, uniforms[active, step], sampling)
+            tokens[active[running], step] = drawn[running]
+            log_probs[active[running], step] = drawn_log_probs[running]
+            stopped = running & torch.isin(drawn, stops)
+            lengths[active[stopped]] = step + 1
+            running = running & ~stopped
+            alive = int(running.sum())
+            if alive == 0 or step + 1 == length:
+                break
+            if alive <= running.numel() // 2:
+                kept = running.nonzero().squeeze(-1)
+                _select_rows(context, kept, None)
+                active, padding, drawn = active[kept], padding[kept], drawn[kept]
+                running = torch.ones_like(kept, dtype=torch.bool)
+            context.sequence_len_offset = width + step
+            columns = torch.arange(width + step + 1, device=device)
+            mask = (columns < padding.unsqueeze(-1))[:, None, None, :]
+            logits = self._forward(drawn.unsqueeze(-1), mask, context)
+
+        log_probs = self._from_last_stage(log_probs)
+        return _unflatten(tokens, log_probs, lengths, stops, seeds)
+
+    def _forward(self, ids: Tensor, mask: Tensor, context: StaticInferenceContext) -> Tensor:
+        """Logits [B, V] of the last column of ids [B, s]; off the last stage the hidden states, for their shape."""
+        policy = self.policy
+        batch, width = ids.shape
+        last = (torch.arange(batch, device=ids.device), torch.full((batch,), width - 1, device=ids.device))
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        output = None
+        for module in policy.modules:
+            if not module.pre_process:
+                hidden = torch.empty(
+                    width, batch, policy.config.hidden_size, dtype=policy.config.params_dtype, device=ids.device
+                )
+                dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+                module.set_input_tensor(hidden)
+            output = module(ids, None, mask, head_positions=last, inference_context=context)
+            if stages > 1 and not module.post_process:
+                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        assert output is not None
+        if not policy.modules[-1].post_process:
+            return output[-1]
+        return gather_from_tensor_model_parallel_region(output)[:, : policy.vocab_size]
+
+    def _draw(self, logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+        """Tokens [B] on every rank, and their log-probs [B] on the last stage."""
+        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            tokens, log_probs = draw(filtered_log_probs(logits, sampling), uniforms)
+        else:
+            tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+            log_probs = torch.zeros_like(uniforms, dtype=torch.float32)
+        return self._from_last_stage(tokens), log_probs
+
+    def _from_last_stage(self, tensor: Tensor) -> Tensor:
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(tensor, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        return tensor
+
+
+def _prefill_mask(padding: Tensor, width: int) -> Tensor:
+    """Bool [P, 1, s, s], True where not allowed: the future and the padding; a padding row still sees itself."""
+    columns = torch.arange(width, device=padding.device)
+    future = columns[None, :] > columns[:, None]
+    padded = columns[None, None, :] < padding[:, None, None]
+    diagonal = torch.eye(width, dtype=torch.bool, device=padding.device)
+    return ((future | padded) & ~diagonal).unsqueeze(1)
+
+
+def _select_rows(context: StaticInferenceContext, rows: Tensor, logits: Tensor | None) -> Tensor:
+    """Makes `rows` (repeats allowed) the cache's batch, and of `logits` where given."""
+    for layer, (keys, values) in context.key_value_memory_dict.items():
+        context.key_value_memory_dict[layer] = (keys.index_select(1, rows), values.index_select(1, rows))
+    context.max_batch_size = rows.numel()
+    return rows if logits is None else logits[rows]
+
+
+def _unflatten(
+    tokens: Tensor, log_probs: Tensor, lengths: Tensor, stops: Tensor, seeds: Sequence[Sequence[int]]
+) -> list[list[Response]]:
+    """Rows of padded tensors as responses, grouped by prompt."""
+    last = tokens.gather(1, (lengths - 1).unsqueeze(-1)).squeeze(-1)
+    finished = torch.isin(last, stops).tolist()
+    rows = iter(zip(tokens.tolist(), log_probs.tolist(), lengths.tolist(), finished, strict=True))
+    return [
+        [Response(ids[:n], probs[:n], done) for ids, probs, n, done in (next(rows) for _ in generations)]
+        for generations in seeds
+    ]

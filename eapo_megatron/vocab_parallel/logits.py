@@ -1,0 +1,230 @@
+"""Log-probability and entropy of every token from vocabulary-sharded logits, in one collective.
+
+Each rank reduces its columns, a few tokens at a time, to four numbers a token:
+
+    shift = max_v z_v,   S = sum_v exp(z_v - shift),   U = sum_v exp(z_v - shift) (z_v - shift),   z_target
+
+One all-gather brings the four numbers of every rank together, and log-sum-exp algebra merges them:
+
+    log p_t = z_t - shift - log S          H = log S - U / S
+
+Neither term of H is negative, so nothing cancels. The backward pass computes the probabilities again from shift and S,
+straight into the gradient, and needs no collective because every rank holds the merged numbers:
+
+    d log p_t / d z_v = 1[v = t] - p_v          dH / d z_v = -p_v (log p_v + H)
+
+Nothing of the vocabulary's size is kept for it but the logits. All of it runs in bits: logits are scaled by
+log2(e) / temperature and exp2 replaces exp. Scale and shift are then one fused multiply-add, and exp2 is the cheaper
+function. Results are converted to nats.
+
+The same code serves CPU and GPU tensors; the GPU path is not run here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# exp2 of this is exactly zero in every float type, and unlike -inf it can be multiplied by zero.
+_LOG2_OF_ZERO = -1100.0
+# Elements of one chunk: on CPU a chunk and its scratch stay in the last-level cache; on GPU one chunk fills the device.
+_CHUNK_ELEMENTS_CPU = 1 << 19
+_CHUNK_ELEMENTS_GPU = 1 << 24
+# Scratch is two chunks: at least this many chunks keep it a small fraction of the logits whatever the vocabulary.
+_MIN_CHUNKS = 64
+
+
+def vocab_parallel_log_probs_and_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    entropy_grad: bool = False,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy (nats) of softmax(logits / temperature) over the sharded vocabulary.
+
+    H = -sum_v p_v log p_v is the token entropy of EAPO (arXiv 2604.11056). A row without a finite logit on any rank
+    gives NaN, as torch.log_softmax does.
+
+    Args:
+        logits: [..., V / TP], bfloat16, float16, float32 or float64; never modified. Rank r of tp_group owns the global
+            columns [r V / TP, (r + 1) V / TP). -inf is probability zero.
+        targets: [...] integer, global token ids, equal on all ranks of tp_group.
+        tp_group: the ranks that share the vocabulary; None when logits hold all of it.
+        vocab_size: columns from this global index on are padding, outside the softmax and with zero gradient; None
+            means no padding.
+        temperature: divides the logits.
+        entropy_grad: False returns the entropy without gradient and spends nothing on it in backward.
+        chunk_size: tokens reduced at a time; None chooses by the memory that a chunk takes.
+
+    Returns:
+        log_probs [...] and entropy [...], equal on all ranks; float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: for a wrong type, shape, temperature, vocab_size or chunk_size, and for targets outside
+            [0, vocab_size). On GPU the range of targets is a device-side assertion, to spare a synchronisation.
+    """
+    tp_size = 1 if tp_group is None else torch.distributed.get_world_size(tp_group)
+    tp_rank = 0 if tp_group is None else torch.distributed.get_rank(tp_group)
+    _check_tensors(logits, targets)
+    width = logits.shape[-1]
+    if vocab_size is None:
+        vocab_size = width * tp_size
+    if not 0 < vocab_size <= width * tp_size:
+        raise ValueError(f"vocab_size must be between 1 and the global width {width * tp_size}, got {vocab_size}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if chunk_size is None:
+        budget = _CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
+        chunk_size = max(1, min(budget // width, targets.numel() // _MIN_CHUNKS))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    _check_target_range(targets, vocab_size)
+    columns = min(max(vocab_size - tp_rank * width, 0), width)
+    return _LogProbsAndEntropy.apply(
+        logits, targets, tp_group, tp_rank * width, columns, temperature, entropy_grad, chunk_size
+    )
+
+
+def _check_tensors(logits: Tensor, targets: Tensor) -> None:
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets must be integer token ids, got {targets.dtype}")
+    if logits.dim() == 0 or logits.shape[:-1] != targets.shape:
+        shapes = f"{[*targets.shape]} for logits {[*logits.shape]}"
+        raise ValueError(f"targets must have shape logits.shape[:-1], got {shapes}")
+    if logits.shape[-1] == 0:
+        raise ValueError("logits must have at least one column on every rank")
+
+
+def _check_target_range(targets: Tensor, vocab_size: int) -> None:
+    inside = ((targets >= 0) & (targets < vocab_size)).all()
+    message = f"targets must be global token ids in [0, {vocab_size})"
+    if targets.device.type != "cpu":
+        torch._assert_async(inside, message)
+    elif not inside:
+        raise ValueError(f"{message}, got {int(targets.min())} to {int(targets.max())}")
+
+
+def _chunks(chunk_size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views [<= chunk_size, V] over the rows of tensors [..., V] of one shape, in order; any strides, never a copy."""
+    if tensors[0].dim() <= 2 or all(tensor.is_contiguous() for tensor in tensors):
+        yield from zip(*(tensor.view(-1, tensor.shape[-1]).split(chunk_size) for tensor in tensors), strict=True)
+    else:
+        for parts in zip(*(tensor.unbind(0) for tensor in tensors), strict=True):
+            yield from _chunks(chunk_size, *parts)
+
+
+def _merge(stats: Tensor, owner: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(shift, log2 S, log p of the target, H), each [N] float64, from the four numbers of every rank, [TP, 4, N]."""
+    shifts, sums, weighted_sums, target_logits = stats.double().unbind(1)
+    shift = shifts.amax(0)
+    offset = (shifts - shift).clamp_(min=_LOG2_OF_ZERO)
+    weight = offset.exp2()
+    total = (weight * sums).sum(0)
+    mean = (weight * (weighted_sums + offset * sums)).sum(0) / total
+    log_sum = total.log2()
+    target = target_logits.gather(0, owner[None])[0] * scale
+    return shift, log_sum, (target - shift - log_sum) * math.log(2), (log_sum - mean) * math.log(2)
+
+
+class _LogProbsAndEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        tp_group: torch.distributed.ProcessGroup | None,
+        first_column: int,
+        columns: int,
+        temperature: float,
+        entropy_grad: bool,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        # Rounded once, so that the chunks and the merge in float64 scale by the very same number.
+        scale = torch.tensor(1 / (temperature * math.log(2)), dtype=dtype).item()
+        flat_targets = targets.reshape(-1).long()
+        stats = logits.new_zeros(4, flat_targets.numel(), dtype=dtype)
+        if columns == 0:
+            stats[0] = torch.finfo(dtype).min
+        else:
+            local = (flat_targets - first_column).clamp_(0, columns - 1)[:, None]
+            difference, exponential = logits.new_empty(2, min(chunk_size, len(local)), columns, dtype=dtype)
+            start = 0
+            for (rows,) in _chunks(chunk_size, logits):
+                stop = start + len(rows)
+                real = rows[:, :columns]
+                shift, sum_exp, sum_exp_z, target = stats[:, start:stop]
+                # A finite shift keeps a row of -inf alone from becoming -inf - -inf.
+                torch.mul(real.amax(-1), scale, out=shift).clamp_(min=torch.finfo(dtype).min)
+                d, e = difference[: len(rows)], exponential[: len(rows)]
+                torch.add(-shift[:, None], real, alpha=scale, out=d).clamp_(min=_LOG2_OF_ZERO)
+                torch.sum(torch.exp2(d, out=e), -1, out=sum_exp)
+                torch.sum(e.mul_(d), -1, out=sum_exp_z)
+                target.copy_(real.gather(1, local[start:stop])[:, 0])
+                start = stop
+        stats = stats[None]
+        if tp_group is not None:
+            tp_size = torch.distributed.get_world_size(tp_group)
+            gathered = stats.new_empty(tp_size, *stats.shape[1:])
+            torch.distributed.all_gather(list(gathered.unbind()), stats[0], group=tp_group)
+            stats = gathered
+        merged = _merge(stats, flat_targets // logits.shape[-1], scale)
+        shift, log_sum, log_probs, entropy = (value.to(dtype).view(targets.shape) for value in merged)
+        ctx.save_for_backward(logits, targets, shift, log_sum, *([entropy] if entropy_grad else []))
+        ctx.first_column, ctx.columns, ctx.chunk_size = first_column, columns, chunk_size
+        ctx.temperature, ctx.scale = temperature, scale
+        ctx.set_materialize_grads(False)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, targets, shift, log_sum, *entropy = ctx.saved_tensors
+        columns = ctx.columns
+        # gradient_v = exp2(d_v) (bias + slope d_v) + 1[v = t] at_target,  d_v = scale z_v - shift,  p_v = exp2(d_v) / S
+        at_target = torch.zeros_like(shift) if grad_log_probs is None else grad_log_probs / ctx.temperature
+        bias, slope = -at_target, None
+        if grad_entropy is not None:
+            weight = grad_entropy / ctx.temperature
+            bias = bias - weight * (entropy[0] - log_sum * math.log(2))
+            slope = (weight * -math.log(2) * (-log_sum).exp2()).view(-1, 1)
+        bias = (bias * (-log_sum).exp2()).view(-1, 1)
+        local = targets.reshape(-1, 1).long() - ctx.first_column
+        at_target = at_target.reshape(-1, 1).masked_fill((local < 0) | (local >= columns), 0)
+        gradient = torch.empty_like(logits)
+        if columns < logits.shape[-1]:
+            gradient[..., columns:] = 0
+        if columns == 0:
+            return gradient, *[None] * 7
+        local.clamp_(0, columns - 1)
+        in_place = gradient.dtype == shift.dtype
+        scratch = shift.new_empty(1 if in_place else 2, min(ctx.chunk_size, len(local)), columns)
+        shift, start = shift.view(-1, 1), 0
+        for rows, gradient_rows in _chunks(ctx.chunk_size, logits, gradient):
+            stop = start + len(rows)
+            e = scratch[0, : len(rows)]
+            d = gradient_rows[:, :columns] if in_place else scratch[1, : len(rows)]
+            torch.add(-shift[start:stop], rows[:, :columns], alpha=ctx.scale, out=d).clamp_(min=_LOG2_OF_ZERO)
+            torch.exp2(d, out=e)
+            if slope is None:
+                torch.mul(e, bias[start:stop], out=d)
+            else:
+                d.mul_(slope[start:stop]).add_(bias[start:stop]).mul_(e)
+            d.scatter_add_(1, local[start:stop], at_target[start:stop])
+            if not in_place:
+                gradient_rows[:, :columns] = d
+            start = stop
+        return gradient, *[None] * 7

@@ -1,0 +1,40 @@
+"""Package metadata. The base needs torch alone; `[train]` brings Megatron and the training loop."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = [
+    "megatron-core==0.16.1",  # tensor/pipeline-parallel models, optimizers, schedules, checkpoints
+    "transformers>=4.57,<6",  # tokenizers, chat templates, Hugging Face configurations
+    "safetensors>=0.4.5",  # weights
+    "math-verify[antlr4_13_2]>=0.8",  # answer checking
+    "pydantic>=2.9",  # typed recipes
+    "omegaconf>=2.3",  # recipe inheritance and dotted overrides
+    "typer>=0.15",  # the command line
+    "rich>=13.9",  # progress bars and tables
+    "tensorboard>=2.18",  # scalar logs
+    "psutil>=6",  # megatron-core's checkpoint writer waits for ever without it
+    "pyarrow>=17",  # Parquet prompts
+    "numpy>=1.26",
+]
+
+setup(
+    name="eapo_megatron",
+    version="0.1.0",
+    description="Entropy-aware policy optimization for large language models on Megatron",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["eapo_megatron", "eapo_megatron.*"]),
+    package_data={"eapo_megatron": ["py.typed"]},
+    install_requires=["torch>=2.6"],
+    extras_require={
+        "train": TRAIN,
+        "gpu": [*TRAIN, "transformer-engine[pytorch]>=2.3"],
+        "vllm": ["vllm>=0.11"],
+        "dev": ["pytest>=8.3", "hypothesis>=6.112", "ruff==0.14.5", "mypy==1.18.2"],
+    },
+    entry_points={"console_scripts": ["eapo-megatron=eapo_megatron.cli:main"]},
+)
