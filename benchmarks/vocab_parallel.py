@@ -183,11 +183,13 @@ def cpu_model() -> str:
 
 def write(options: argparse.Namespace, records: dict[str, dict[str, float]], copy: float) -> None:
     machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__}
+    load = os.getloadavg()[0]
     setting = {"tokens": options.tokens, "vocab": options.vocab, "tp": options.tp, "dtype": "float32"}
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": machine,
         "setting": setting | {"repeats": options.repeats, "backend": "gloo", "threads_per_rank": 1},
+        "load_average": load,  # more than tp: other work shared the cores, and only the ratios mean something
         "copy_ms": copy,
         "versions": records,
     }
@@ -195,7 +197,7 @@ def write(options: argparse.Namespace, records: dict[str, dict[str, float]], cop
     table = Table(title="  ".join(f"{key}={value}" for key, value in (setting | machine).items()))
     names = ["", "fwd coll.", "bwd coll.", "fwd peak", "held for bwd", "bwd peak", "fwd + bwd ms", "ratio", "x copy"]
     for name in [*names, "log p err.", "H rel. err.", "grad err."]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name, row in records.items():
         table.add_row(
             name,
@@ -211,7 +213,7 @@ def write(options: argparse.Namespace, records: dict[str, dict[str, float]], cop
             f"{row['entropy_relative_error']:.1e}",
             f"{row['gradient_error']:.1e}",
         )
-    Console(width=150).print(table)
+    Console(width=160).print(table)
 
 
 def main() -> None:

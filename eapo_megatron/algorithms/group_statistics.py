@@ -98,7 +98,7 @@ def merge_responses(
 
 
 def _gather_rows(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' rows [N_rank, C], in the order of ranks, padded with zeros: responses without values change nothing."""
+    """All ranks' rows [N_rank, C] in the order of ranks, padded with rows of count 0, which change no statistic."""
     if process_group is None:
         return rows
     longest = torch.tensor(len(rows), device=rows.device)

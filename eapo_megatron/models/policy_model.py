@@ -98,6 +98,13 @@ class Policy:
     def modules(self) -> list[PolicyChunk]:
         return [chunk.module for chunk in self.chunks]
 
+    def zero_grad(self) -> None:
+        """Clears gradients before an optimizer step's first micro-batch."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+            for parameter in chunk.parameters():
+                parameter.grad = None  # the optimizer left the buffer itself there: backward would add it to itself
+
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Without gradients, in evaluation mode, and without sequence parallelism (single tokens do not split)."""

@@ -124,8 +124,7 @@ class PolicyWorker:
             # The schedule holds on to both: no token count (gradients are already normalised), and the metrics.
             return outputs.loss, _nothing(logits).int(), outputs.metrics
 
-        for chunk in self.policy.chunks:
-            chunk.zero_grad_buffer()
+        self.policy.zero_grad()
         outputs = self._run(self._micro_batches(batch, rows), loss, forward_only=False)
         local: Counter[str] = Counter()
         if self.policy.runtime.reports_last_stage:

@@ -66,7 +66,8 @@ def vocab_parallel_log_probs_and_entropy(
         chunk_size: tokens reduced at a time; None chooses by the memory that a chunk takes.
 
     Returns:
-        log_probs [...] and entropy [...], equal on all ranks; float32 (float64 for float64 logits).
+        log_probs [...] and entropy [...], equal on all ranks; float32 (float64 for float64 logits). chunk_size changes
+            no more than the last bits.
 
     Raises:
         ValueError: for a wrong type, shape, temperature, vocab_size or chunk_size, and for targets outside

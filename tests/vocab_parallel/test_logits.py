@@ -1,0 +1,271 @@
+"""One process: values, gradients, memory and errors of log-probability and entropy from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from eapo_megatron.vocab_parallel import vocab_parallel_log_probs_and_entropy
+
+GRADIENT_TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 5e-6, torch.float64: 1e-12}
+VALUE_TOLERANCE = {torch.bfloat16: 2e-6, torch.float16: 2e-6, torch.float32: 2e-6, torch.float64: 1e-12}
+
+
+def reference(
+    logits: Tensor, targets: Tensor, vocab_size: int, temperature: float, upstream: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and gradient by the definitions, in float64."""
+    real = logits.detach().double()[..., :vocab_size] / temperature
+    p = torch.exp(real - real.logsumexp(-1, keepdim=True))
+    log_p = real.log_softmax(-1)
+    p_log_p = torch.where(p > 0, p * log_p, 0)
+    entropy = -p_log_p.sum(-1)
+    of_log_probs, of_entropy = (value.double()[..., None] for value in upstream)
+    one_hot = torch.nn.functional.one_hot(targets, vocab_size)
+    gradient = torch.zeros(logits.shape, dtype=torch.float64)
+    gradient[..., :vocab_size] = of_log_probs * (one_hot - p) - of_entropy * (p_log_p + p * entropy[..., None])
+    return log_p.gather(-1, targets[..., None])[..., 0], entropy, gradient / temperature
+
+
+def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What call returns and the most bytes that it held at once, as the allocator reports them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return result, max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def random_case(
+    tokens: int = 12, vocab: int = 33, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, vocab, generator=generator).mul_(3).to(dtype).requires_grad_()
+    return logits, torch.randint(vocab, (tokens,), generator=generator)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 4), max_size=3),
+    vocab=st.integers(1, 70),
+    padding=st.integers(0, 5),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    temperature=st.sampled_from([1.0, 0.3, 0.6, 2.5]),
+    forbidden=st.sampled_from([0.0, 0.5, 0.98]),
+    entropy_grad=st.booleans(),
+    chunk_size=st.sampled_from([None, 1, 3, 100]),
+    seed=st.integers(0, 2**32),
+)
+def test_values_and_gradients(
+    shape: list[int],
+    vocab: int,
+    padding: int,
+    dtype: torch.dtype,
+    temperature: float,
+    forbidden: float,
+    entropy_grad: bool,
+    chunk_size: int | None,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*shape, vocab + padding, generator=generator, dtype=torch.float64) * 5
+    targets = torch.randint(vocab, shape, generator=generator)
+    hidden = torch.rand(logits.shape, generator=generator) < forbidden
+    hidden.scatter_(-1, targets[..., None], False)
+    logits = logits.masked_fill_(hidden, -torch.inf).to(dtype).requires_grad_()
+    upstream = tuple(torch.randn(2, *shape, generator=generator).unbind())
+    outputs = vocab_parallel_log_probs_and_entropy(
+        logits,
+        targets,
+        vocab_size=vocab,
+        temperature=temperature,
+        entropy_grad=entropy_grad,
+        chunk_size=chunk_size,
+    )
+    assert outputs[1].requires_grad == entropy_grad
+    differentiable = [output for output in outputs if output.requires_grad]
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    upstream = tuple(grad.to(accumulation) for grad in upstream)
+    (gradient,) = torch.autograd.grad(differentiable, [logits], upstream[: len(differentiable)])
+    log_probs, entropy, expected = reference(
+        logits, targets, vocab, temperature, (upstream[0], upstream[1] * entropy_grad)
+    )
+    assert outputs[0].dtype == outputs[1].dtype == accumulation
+    assert gradient.dtype == dtype
+    tolerance = VALUE_TOLERANCE[dtype]
+    torch.testing.assert_close(outputs[0].double(), log_probs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(outputs[1].double(), entropy, rtol=tolerance, atol=tolerance)
+    tolerance = GRADIENT_TOLERANCE[dtype]
+    torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=min(tolerance, 1e-5))
+    assert not gradient[..., vocab:].any()
+    assert not gradient[hidden].any()
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    logits, targets = random_case(3, 7, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: vocab_parallel_log_probs_and_entropy(x, targets, temperature=0.7, entropy_grad=True), [logits]
+    )
+
+
+@pytest.mark.parametrize(("spread", "offset"), [(0.01, 0.0), (3.0, 0.0), (3.0, 500.0), (3.0, -500.0)])
+def test_entropy_of_a_large_vocabulary_is_accurate(spread: float, offset: float) -> None:
+    logits, targets = random_case(8, 50_001)
+    logits = (logits.detach() * spread + offset).requires_grad_()
+    log_probs, entropy = vocab_parallel_log_probs_and_entropy(logits, targets)
+    zero = torch.zeros(8)
+    expected_log_probs, expected_entropy, _ = reference(logits, targets, 50_001, 1.0, (zero, zero))
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=5e-6, atol=0)
+    torch.testing.assert_close(log_probs.double(), expected_log_probs, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("gap", [8.0, 12.0, 18.0, 30.0, 300.0])
+def test_near_deterministic_rows_keep_their_small_entropy(gap: float) -> None:
+    logits = torch.randn(16, 1001, generator=torch.Generator().manual_seed(0)) + 17.3
+    targets = torch.arange(16)
+    logits[torch.arange(16), targets] += gap
+    log_probs, entropy = vocab_parallel_log_probs_and_entropy(logits, targets)
+    zero = torch.zeros(16)
+    expected_log_probs, expected_entropy, _ = reference(logits, targets, 1001, 1.0, (zero, zero))
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(log_probs.double(), expected_log_probs, rtol=2e-6, atol=1e-6)
+
+
+def test_every_chunk_size_gives_the_same_results() -> None:
+    results = []
+    for chunk_size in [None, *range(1, 13)]:
+        logits, targets = random_case()
+        outputs = vocab_parallel_log_probs_and_entropy(logits, targets, entropy_grad=True, chunk_size=chunk_size)
+        sum(outputs).sum().backward()
+        results.append(torch.cat([torch.stack(outputs, -1).detach(), logits.grad], -1))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("view", ["transposed", "shifted", "columns", "row"])
+def test_any_strides(view: str) -> None:
+    base = torch.randn(5, 3, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits = {
+        "transposed": lambda: base.transpose(0, 1),
+        "shifted": lambda: base[:, :-1],
+        "columns": lambda: base[..., ::2],
+        "row": lambda: base[0, 0, ::2],
+    }[view]()
+    targets = torch.randint(logits.shape[-1], logits.shape[:-1], generator=torch.Generator().manual_seed(1))
+    upstream = (torch.randn(targets.shape), torch.randn(targets.shape))
+    outputs = vocab_parallel_log_probs_and_entropy(logits, targets, entropy_grad=True, chunk_size=2)
+    (gradient,) = torch.autograd.grad(outputs, [logits], upstream)
+    *values, expected = reference(logits, targets, logits.shape[-1], 1.0, upstream)
+    for output, value in zip(outputs, values, strict=True):
+        torch.testing.assert_close(output.double(), value, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(gradient.double(), expected, rtol=5e-6, atol=1e-6)
+
+
+def test_a_row_without_a_finite_logit_is_nan_and_leaves_the_others_alone() -> None:
+    logits, targets = random_case()
+    logits.data[4] = -torch.inf
+    outputs = vocab_parallel_log_probs_and_entropy(logits, targets, entropy_grad=True)
+    sum(outputs).sum().backward()
+    for value in (*outputs, logits.grad.sum(-1)):
+        assert value.isnan().nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "shifted"])
+def test_memory(dtype: torch.dtype, entropy_grad: bool, layout: str) -> None:
+    tokens, vocab = 512, 4099
+    logits, targets = random_case(tokens + 8, vocab, dtype)
+    logits, targets = logits.view(4, -1, vocab), targets.view(4, -1)
+    if layout == "shifted":
+        logits, targets = logits[:, :-2], targets[:, :-2]
+    unit = logits.numel() * logits.element_size()
+    held: dict[int, Tensor] = {}
+
+    def count(saved: Tensor) -> Tensor:
+        held[saved.untyped_storage().data_ptr()] = saved
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+        outputs, forward_peak = peak_bytes(
+            lambda: vocab_parallel_log_probs_and_entropy(logits, targets, entropy_grad=entropy_grad)
+        )
+    for tensor in (logits, targets):
+        held.pop(tensor.untyped_storage().data_ptr())
+    differentiable = outputs[: 1 + entropy_grad]
+    upstream = [torch.ones(targets.shape)] * len(differentiable)
+    _, backward_peak = peak_bytes(lambda: torch.autograd.grad(differentiable, [logits], upstream))
+    assert sum(tensor.numel() for tensor in held.values()) == (3 if entropy_grad else 2) * targets.numel()
+    assert all(tensor.dtype == torch.float32 for tensor in held.values())
+    assert forward_peak <= 0.1 * unit
+    assert backward_peak <= 1.1 * unit
+
+
+def test_logits_are_not_modified() -> None:
+    logits, targets = random_case()
+    before, version = logits.detach().clone(), logits._version
+    outputs = vocab_parallel_log_probs_and_entropy(logits, targets, entropy_grad=True)
+    sum(outputs).sum().backward()
+    assert torch.equal(logits, before)
+    assert logits._version == version
+
+
+def test_backward_can_be_repeated_but_not_differentiated() -> None:
+    logits, targets = random_case()
+    outputs = vocab_parallel_log_probs_and_entropy(logits, targets, entropy_grad=True)
+    total = sum(outputs).square().sum()
+    first, second = (torch.autograd.grad(total, [logits], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (third,) = torch.autograd.grad(total, [logits], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        third.sum().backward()
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_output_alone(used: int) -> None:
+    logits, targets = random_case()
+    outputs = vocab_parallel_log_probs_and_entropy(logits, targets, entropy_grad=True)
+    upstream = torch.randn(12, generator=torch.Generator().manual_seed(3))
+    (gradient,) = torch.autograd.grad(outputs[used], [logits], upstream)
+    both = [torch.zeros(12), torch.zeros(12)]
+    both[used] = upstream
+    _, _, expected = reference(logits, targets, 33, 1.0, (both[0], both[1]))
+    torch.testing.assert_close(gradient.double(), expected, rtol=5e-6, atol=1e-6)
+
+
+LOGITS = torch.zeros(2, 5)
+TARGETS = torch.zeros(2, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "settings", "named"),
+    [
+        (LOGITS.long(), TARGETS, {}, "logits must be floating point"),
+        (LOGITS, TARGETS.float(), {}, "targets must be integer"),
+        (LOGITS, TARGETS.bool(), {}, "targets must be integer"),
+        (LOGITS, TARGETS[:1], {}, "targets must have shape"),
+        (LOGITS, TARGETS[:, None], {}, "targets must have shape"),
+        (torch.tensor(1.0), TARGETS, {}, "targets must have shape"),
+        (LOGITS[:, :0], TARGETS, {}, "logits must have at least one column"),
+        (LOGITS, TARGETS - 1, {}, r"targets must be global token ids in \[0, 5\), got -1 to -1"),
+        (LOGITS, TARGETS + 5, {}, "targets must be global token ids"),
+        (LOGITS, TARGETS + 4, {"vocab_size": 4}, "targets must be global token ids"),
+        (LOGITS, TARGETS, {"vocab_size": 6}, "vocab_size must be between 1 and the global width 5, got 6"),
+        (LOGITS, TARGETS, {"vocab_size": 0}, "vocab_size must be"),
+        (LOGITS, TARGETS, {"temperature": 0.0}, "temperature must be"),
+        (LOGITS, TARGETS, {"temperature": -1.0}, "temperature must be"),
+        (LOGITS, TARGETS, {"temperature": float("nan")}, "temperature must be"),
+        (LOGITS, TARGETS, {"temperature": float("inf")}, "temperature must be"),
+        (LOGITS, TARGETS, {"chunk_size": 0}, "chunk_size must be"),
+    ],
+)
+def test_bad_input(logits: Tensor, targets: Tensor, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        vocab_parallel_log_probs_and_entropy(logits, targets, **settings)
