@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -81,14 +81,23 @@ class Parallel(Section):
         return self
 
 
+class Arithmetic(Section):
+    """The built-in task: sums of `num_terms` numbers of 1 to `max_term`."""
+
+    train_size: int = Field(4096, ge=1)
+    held_out_size: int = Field(256, ge=1)
+    num_terms: list[int] = [3, 4]
+    max_term: int = Field(20, ge=1)
+
+
 class Data(Section):
     """Prompts and answers: the built-in arithmetic `task`, or files read through a field mapping."""
 
     task: Literal["arithmetic"] | None = None
-    task_options: dict[str, Any] = {}
+    arithmetic: Arithmetic = Arithmetic()
     train_path: str | None = None
     validation_path: str | None = None
-    layout: Literal["math", "gsm8k"] | None = "math"
+    layout: Literal["math", "gsm8k"] = "math"
     prompt_field: str | None = None  # over the layout's own
     answer_field: str | None = None
     solution_field: str | None = None
@@ -276,6 +285,7 @@ class Recipe(Section):
         How long, on what layout and with what records a run goes may differ between its parts.
         """
         settings = self.model_dump(mode="json")
+        settings["optimizer"]["distributed"] = self.parallel.use_distributed_optimizer  # its state has another form
         for free in ("cluster", "parallel", "logging", "checkpoint", "evaluation"):
             del settings[free]
         for section, key in (
@@ -337,7 +347,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> Any:
         settings = OmegaConf.load(path)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not valid YAML: {_first_line(error)}") from error
-    if not OmegaConf.is_dict(settings):
+    if not isinstance(settings, DictConfig):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
     parent = settings.pop("defaults", None)
     if parent is None:

@@ -1,126 +1,16 @@
-"""Weights in: from a Hugging Face folder, or drawn at random by name, into any layout.
-
-Each rank reads only the tensors of its own layers, one parameter at a time. Random weights are a function of the seed
-and the tensor's Hugging Face name alone, so a model is the same under every layout.
-"""
+"""Weights into any layout: each rank reads the Hugging Face tensors of its own layers, one parameter at a time."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import torch
 from megatron.core import parallel_state
-from safetensors import safe_open
 from torch import Tensor
 
-from eapo_megatron.config import Model, RecipeError
-from eapo_megatron.models.families import UnsupportedModelError, Weight, family_of
+from eapo_megatron.models.families import Weight
+from eapo_megatron.models.huggingface import WeightSource
 from eapo_megatron.models.policy_model import Policy, named_weights, padded_vocab_size
-
-INITIALIZER_RANGE = 0.02
-
-
-class WeightSource(Protocol):
-    """Hugging Face tensors by name."""
-
-    def read(self, name: str) -> Tensor:
-        """One whole tensor."""
-        ...
-
-
-class RandomWeights:
-    """Weights drawn as transformers does: normal(0, initializer_range), biases zero, norms one."""
-
-    def __init__(self, hf_config: Mapping[str, Any], seed: int) -> None:
-        self._shapes = family_of(dict(hf_config)).hf_shapes(hf_config)
-        self._std = hf_config.get("initializer_range", INITIALIZER_RANGE)
-        self._seed = seed
-
-    def read(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        if name.endswith(".bias"):
-            return torch.zeros(shape)
-        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return torch.randn(shape, generator=generator) * self._std
-
-
-class HuggingFaceWeights:
-    """The safetensors files of a Hugging Face folder, checked against its config.json before anything is read.
-
-    Raises:
-        RecipeError: naming missing, unexpected or mis-shaped tensors.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.hf_config = read_hf_config(self.folder)
-        self._files = _tensor_files(self.folder)
-        self._check()
-
-    def read(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def _check(self) -> None:
-        family = family_of(self.hf_config)
-        expected = family.hf_shapes(self.hf_config)
-        if missing := sorted(expected.keys() - self._files.keys()):
-            raise RecipeError(f"model.path {self.folder}: missing tensors: {_listed(missing)}")
-        extra = sorted(name for name in self._files.keys() - expected.keys() if not name.endswith(family.ignored_suffixes))
-        if self.hf_config.get("tie_word_embeddings") and extra == ["lm_head.weight"]:
-            extra = []  # a copy of the tied embedding
-        if extra:
-            raise RecipeError(f"model.path {self.folder}: unexpected tensors: {_listed(extra)}")
-        for file in sorted({self._files[name] for name in expected}):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    if name in expected and shape != expected[name]:
-                        raise RecipeError(
-                            f"model.path {self.folder}: tensor {name} has shape {shape}, "
-                            f"config.json asks for {expected[name]}"
-                        )
-
-
-def weight_source(model: Model, hf_config: Mapping[str, Any], seed: int) -> WeightSource:
-    """Where the recipe's model gets its weights from."""
-    return HuggingFaceWeights(model.path) if model.path else RandomWeights(hf_config, seed)
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder, refused where its family cannot honour it.
-
-    Raises:
-        RecipeError: naming the file and the key.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise RecipeError(f"model.path {folder} has no config.json")
-    try:
-        hf_config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{path}: not valid JSON: {error}") from error
-    return checked_hf_config(hf_config, source=str(path))
-
-
-def checked_hf_config(hf_config: dict[str, Any], *, source: str) -> dict[str, Any]:
-    """The config itself, if a family supports it.
-
-    Raises:
-        RecipeError: naming the source and the key.
-    """
-    try:
-        family_of(hf_config).validate(hf_config)
-    except UnsupportedModelError as error:
-        raise RecipeError(f"{source}: {error}") from error
-    return hf_config
 
 
 def load_weights(policy: Policy, source: WeightSource) -> None:
@@ -129,7 +19,9 @@ def load_weights(policy: Policy, source: WeightSource) -> None:
         for name, parameter, weight in named_weights(module, policy.hf_config):
             shard = _shard(weight, [source.read(hf_name) for hf_name in weight.hf_names])
             if shard.shape != parameter.shape:
-                raise ValueError(f"parameter {name} has shape {tuple(parameter.shape)}, its weights {tuple(shard.shape)}")
+                raise ValueError(
+                    f"parameter {name} has shape {tuple(parameter.shape)}, its weights {tuple(shard.shape)}"
+                )
             parameter.data.copy_(shard)
 
 
@@ -146,23 +38,3 @@ def _shard(weight: Weight, tensors: Sequence[Tensor]) -> Tensor:
 
 def _padded_rows(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])))
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a safetensors folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        if absent := sorted({str(file) for file in files.values() if not file.is_file()}):
-            raise RecipeError(f"model.path {folder}: files named by its index are missing: {_listed(absent)}")
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise RecipeError(f"model.path {folder} has neither model.safetensors nor model.safetensors.index.json")
-    with safe_open(single, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), single)
-
-
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

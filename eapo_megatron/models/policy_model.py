@@ -134,7 +134,9 @@ def _set_all(attributes: Sequence[tuple[torch.nn.Module, str]], value: bool) -> 
         setattr(module, name, value)
 
 
-def named_weights(module: PolicyChunk, hf_config: Mapping[str, Any]) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
+def named_weights(
+    module: PolicyChunk, hf_config: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
     """Each parameter of a chunk with its name there and its mapping to Hugging Face tensors."""
     by_name = {weight.name: weight for weight in family_of(dict(hf_config)).weights(hf_config)}
     for name, parameter in module.named_parameters():
@@ -230,4 +232,3 @@ def build_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel,
     for chunk in chunks:
         chunk.broadcast_params()
     return Policy(chunks, config, hf_config, runtime)
-

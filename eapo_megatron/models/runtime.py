@@ -122,7 +122,10 @@ def stop_runtime() -> None:
 
 def rng_state() -> dict[str, Any]:
     """This rank's random states: torch's, the GPU's where there is one, and Megatron's tracker."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "tracker": megatron_random.get_cuda_rng_tracker().get_states()}
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "tracker": megatron_random.get_cuda_rng_tracker().get_states(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

@@ -31,6 +31,12 @@ class Batch:
     def size(self) -> int:
         return len(self.responses)
 
+    def mask_of(self, rows: Sequence[int]) -> Tensor:
+        """The mask [N, T] of these rows alone."""
+        chosen = torch.zeros(self.size, 1, dtype=torch.bool, device=self.mask.device)
+        chosen[list(rows)] = True
+        return self.mask & chosen
+
     def length(self, row: int) -> int:
         """Tokens that the model reads for this row: all but the last."""
         return len(self.prompts[row]) + len(self.responses[row]) - 1

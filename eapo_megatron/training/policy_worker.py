@@ -104,9 +104,7 @@ class PolicyWorker:
         unset = torch.zeros_like(weights)
 
         def loss(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            log_probs, entropies = self._log_probs_and_entropies(
-                micro, logits, entropy_grad=settings.entropy_coef != 0
-            )
+            log_probs, entropies = self._log_probs_and_entropies(micro, logits, entropy_grad=settings.entropy_coef != 0)
             cut = (micro.rows_in_batch, slice(micro.mask.shape[1]))
             if not micro.rows_in_batch.numel():
                 return logits.sum(), _nothing(logits).int(), {}

@@ -16,7 +16,9 @@ def family_of(hf_config: dict) -> Family:
     """
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:
-        raise UnsupportedModelError(f"model_type {model_type!r} is not supported (known: {', '.join(sorted(FAMILIES))})")
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported (known: {', '.join(sorted(FAMILIES))})"
+        )
     return FAMILIES[model_type]
 
 

@@ -77,7 +77,9 @@ class Family:
     def hf_shapes(self, hf: HFConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every Hugging Face tensor of the model."""
         return {
-            name: shape for weight in self.weights(hf) for name, shape in zip(weight.hf_names, weight.shapes, strict=True)
+            name: shape
+            for weight in self.weights(hf)
+            for name, shape in zip(weight.hf_names, weight.shapes, strict=True)
         }
 
 
@@ -91,7 +93,7 @@ def rope_theta(hf: HFConfig, default: float = 10_000.0) -> float:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise UnsupportedModelError(f"rope type {kind!r} is not supported for model_type {hf['model_type']}")
-    return float(parameters.get("rope_theta", hf.get("rope_theta", default)))
+    return float(parameters.get("rope_theta") or hf.get("rope_theta") or default)
 
 
 def interleave_qkv(num_heads: int, num_groups: int, head_dim: int) -> Callable[[Sequence[Tensor]], list[Tensor]]:

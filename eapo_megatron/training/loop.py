@@ -1,0 +1,180 @@
+"""The training loop: GRPO's objective with EAPO's advantages (arXiv 2604.11056), one step after the other.
+
+    prompts -> rollouts -> rewards -> (dynamic sampling) -> one forward of the old policy: log-probs AND entropies
+    -> group advantages -> shaping -> mini-batches of optimizer steps -> weights to the rollout engine
+
+Every rank holds the whole batch, so the statistics of Eq. 6 need no communication of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from eapo_megatron.algorithms import ShapingInputs, group_advantages, loss_weights, shape_advantages
+from eapo_megatron.data import prompt_indices
+from eapo_megatron.evaluation.held_out import held_out_solve_rate
+from eapo_megatron.rollout.engine import response_seed
+from eapo_megatron.training.batching import Batch, make_batch
+from eapo_megatron.training.metrics import batch_metrics, describe_samples, mean_of_updates
+from eapo_megatron.training.policy_worker import Update
+from eapo_megatron.training.run import Run, TrainingStoppedError
+from eapo_megatron.training.sampler import Group, Samples
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains to the recipe's last step and returns the summary."""
+    steps = run.recipe.train.steps
+    if run.progress.step == 0:
+        evaluate(run)
+    while run.progress.step < steps:
+        run.progress.step += 1
+        metrics = train_step(run)
+        last = run.progress.step == steps
+        if last or _due(run, run.recipe.evaluation.every):
+            metrics |= evaluate(run)
+        if last or _due(run, run.recipe.checkpoint.every):
+            with run.timer("checkpoint"):
+                run.save()
+        log(run, metrics)
+    summary = run.summary()
+    if run.records is not None:
+        run.records.summarize(summary)
+    return summary
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """One rollout batch and its optimizer steps -> metrics."""
+    algorithm = run.recipe.algorithm
+    with run.timer("rollout"):
+        groups, metrics = collect(run)
+    if not groups:
+        run.progress.skipped_steps += 1
+        return metrics
+    batch = make_batch(
+        [group.prompt.token_ids for group in groups],
+        [group.responses for group in groups],
+        [group.rewards for group in groups],
+        run.runtime.device,
+    )
+    with run.timer("old_policy"):
+        old = run.worker.score(batch)
+    if not old.are_finite():
+        count_update(run, Update(applied=False, metrics={}))
+        return metrics
+    with run.timer("advantages"):
+        group_advantage = group_advantages(batch.rewards, batch.group_ids, estimator=algorithm.advantage_estimator)
+        inputs = ShapingInputs(
+            advantages=group_advantage.unsqueeze(-1) * batch.mask,
+            entropies=old.entropies,
+            mask=batch.mask,
+            group_ids=batch.group_ids,
+            rewards=batch.rewards,
+            log_probs=old.log_probs,
+        )
+        advantages = shape_advantages(algorithm.shaping.name, inputs, **algorithm.shaping.options)
+    updates = []
+    with run.timer("update"):
+        for rows in mini_batches(batch, run.recipe.train.mini_batch_prompts):
+            weights = loss_weights(batch.mask_of(rows), batch.group_ids, aggregation=algorithm.loss.aggregation)
+            update = run.worker.update(
+                batch,
+                rows,
+                run.optimizer,
+                run.ingredients.loss,
+                weights=weights,
+                old_log_probs=old.log_probs,
+                advantages=advantages,
+            )
+            updates.append(update)
+            count_update(run, update)
+    with run.timer("weight_sync"):
+        run.sampler.engine.sync_weights()
+    run.progress.response_tokens += int(batch.mask.sum())
+    return metrics | batch_metrics(batch, old, advantages) | mean_of_updates(updates)
+
+
+def collect(run: Run) -> tuple[list[Group], dict[str, float]]:
+    """The step's groups. With several rounds (DAPO's dynamic sampling) groups without signal are drawn anew."""
+    recipe, wanted = run.recipe, run.recipe.train.num_prompts_per_step
+    rollout, rounds = recipe.rollout, recipe.algorithm.dynamic_sampling_rounds
+    sampling = run.sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
+    kept: list[Group] = []
+    drawn: list[Samples] = []
+    while len(drawn) < rounds and len(kept) < wanted:
+        positions = range(run.progress.position, run.progress.position + wanted)
+        order = prompt_indices(recipe.seed, positions.start, wanted, len(run.ingredients.train))
+        seeds = [
+            [response_seed(recipe.seed, "train", at, i) for i in range(rollout.num_generations_per_prompt)]
+            for at in positions
+        ]
+        samples = run.sampler.sample([run.ingredients.train[index] for index in order], seeds, sampling)
+        run.progress.position += wanted
+        drawn.append(samples)
+        kept += [group for group in samples.groups if rounds == 1 or group.has_signal]
+    if run.records is not None:
+        shown = describe_samples(drawn[0].groups, run.sampler, recipe.logging.samples_per_step)
+        run.records.log_samples(run.progress.step, shown)
+    everything = Samples([g for s in drawn for g in s.groups], sum(s.reward_failures for s in drawn))
+    return kept[:wanted], {
+        "rollout/solve_rate": everything.solve_rate,
+        "rollout/rounds": len(drawn),
+        "rollout/groups_without_signal": sum(not group.has_signal for group in everything.groups),
+        "rollout/reward_failures": everything.reward_failures,
+    }
+
+
+def mini_batches(batch: Batch, prompts: int) -> Iterator[list[int]]:
+    """Rows of `prompts` whole groups at a time: one optimizer step each."""
+    groups: dict[int, list[int]] = {}
+    for row, group in enumerate(batch.group_ids.tolist()):
+        groups.setdefault(group, []).append(row)
+    rows = list(groups.values())
+    for start in range(0, len(rows), prompts):
+        yield [row for group in rows[start : start + prompts] for row in group]
+
+
+def count_update(run: Run, update: Update) -> None:
+    """Counts an optimizer step; too many skipped in a row end the run."""
+    progress, limit = run.progress, run.recipe.train.max_skipped_in_a_row
+    if update.applied:
+        progress.optimizer_steps += 1
+        progress.skipped_in_a_row = 0
+        return
+    progress.skipped_updates += 1
+    progress.skipped_in_a_row += 1
+    if progress.skipped_in_a_row >= limit:
+        raise TrainingStoppedError(
+            f"step {progress.step}: {limit} updates in a row had NaN or Inf in a loss or gradient; "
+            f"the last good checkpoint is in {run.checkpoints.folder}"
+        )
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """The held-out solve rate, remembered by step."""
+    if not run.ingredients.held_out:
+        return {}
+    with run.timer("evaluation"):
+        rate = held_out_solve_rate(run)
+    run.progress.held_out[str(run.progress.step)] = rate
+    if run.progress.step == 0:
+        log(run, {"held_out/solve_rate": rate})
+    return {"held_out/solve_rate": rate}
+
+
+def log(run: Run, metrics: dict[str, float]) -> None:
+    """One line of metrics, with the seconds of each phase, tokens per second and peak memory."""
+    seconds = run.timer.lap()
+    metrics |= seconds | {"skipped_updates": run.progress.skipped_updates}
+    if "response_length/total" in metrics:
+        metrics["tokens_per_second"] = metrics["response_length/total"] / sum(seconds.values())
+    peaks = run.runtime.gather_objects(run.runtime.peak_memory_bytes())
+    metrics["memory/peak_gib"] = max(peaks) / 2**30
+    if run.records is not None:
+        run.records.log(run.progress.step, metrics)
+        note = f"solve rate {metrics.get('rollout/solve_rate', metrics.get('held_out/solve_rate', 0)):.3f}"
+        run.records.advance("training", run.progress.step, run.recipe.train.steps, note)
+
+
+def _due(run: Run, every: int) -> bool:
+    return every > 0 and run.progress.step % every == 0

@@ -1,0 +1,70 @@
+"""Warm start: a short supervised phase on written-out solutions, so that reinforcement learning has something to find.
+
+Its weights are cached under the run directory by the settings that define them, in the layout-free checkpoint format.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eapo_megatron.algorithms import LossSettings, loss_weights
+from eapo_megatron.config import Optimizer, Recipe, fingerprint
+from eapo_megatron.data import Prompt, prompt_indices
+from eapo_megatron.models.checkpoint import load_policy_weights, save_weights
+from eapo_megatron.rollout.engine import Response
+from eapo_megatron.training.batching import Batch, make_batch
+from eapo_megatron.training.optimizer import build_optimizer
+from eapo_megatron.training.policy_worker import PolicyWorker
+from eapo_megatron.training.preflight import Ingredients
+from eapo_megatron.training.records import Records
+
+LOSS = LossSettings(loss="negative_log_likelihood")
+
+
+def warm_start(recipe: Recipe, ingredients: Ingredients, worker: PolicyWorker, records: Records | None) -> None:
+    """Trains the policy on solutions, or loads the weights that the same settings gave before."""
+    cache = cache_folder(recipe)
+    if worker.policy.runtime.broadcast_object(cache.is_dir()):
+        load_policy_weights(cache, worker.policy)
+        if records is not None:
+            records.say(f"warm start: weights from {cache}")
+        return
+    settings = recipe.warm_start
+    solved = [prompt for prompt in ingredients.train.prompts if prompt.solution]
+    optimizer = build_optimizer(
+        worker.policy,
+        Optimizer(
+            lr=settings.lr,
+            lr_warmup_steps=settings.lr_warmup_steps,
+            lr_decay_style="cosine",
+            lr_decay_steps=max(settings.steps, settings.lr_warmup_steps + 1),
+        ),
+    )
+    for step in range(settings.steps):
+        drawn = prompt_indices(recipe.seed, step * settings.batch_size, settings.batch_size, len(solved))
+        batch = _batch([solved[index] for index in drawn], ingredients, worker)
+        update = worker.update(
+            batch, range(batch.size), optimizer, LOSS, weights=loss_weights(batch.mask, batch.group_ids)
+        )
+        if records is not None:
+            records.advance("warm start", step + 1, settings.steps, f"loss {update.metrics['loss/policy']:.3f}")
+    save_weights(cache, worker.policy)
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where the weights of this warm start are kept."""
+    settings = recipe.experiment()
+    defining = {key: settings[key] for key in ("seed", "model", "data", "warm_start")}
+    defining["temperature"] = recipe.rollout.temperature
+    return Path(recipe.logging.run_dir) / ".warm_start" / fingerprint(defining)
+
+
+def _batch(prompts: list[Prompt], ingredients: Ingredients, worker: PolicyWorker) -> Batch:
+    """Solutions as if they had been sampled: each one a group of its own, ended by the end of sequence."""
+    tokenizer = ingredients.tokenizer
+    groups = []
+    for prompt in prompts:
+        tokens = [*tokenizer.encode(prompt.solution, add_special_tokens=False), tokenizer.eos_token_id]
+        groups.append([Response(tokens, [0.0] * len(tokens), True)])
+    rewards = [[1.0]] * len(prompts)
+    return make_batch([prompt.token_ids for prompt in prompts], groups, rewards, worker.policy.runtime.device)

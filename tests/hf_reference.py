@@ -1,0 +1,134 @@
+"""EAPO on a Hugging Face model in one process, response by response: the reference of every parallel layout.
+
+Weights, activations and statistics are float64. Equations are those of EAPO, arXiv 2604.11056.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from layouts import DECAY_STEPS, MINI_BATCHES, MODELS, OPTIMIZERS, TEMPERATURE, old_policy_offsets, training_batch
+from torch import Tensor
+
+ALPHA, PHI, EPS_LOW, EPS_HIGH = 0.2, 2.0, 0.2, 0.28
+
+
+@cache
+def tiny_model(name: str) -> torch.nn.Module:
+    """A Qwen2ForCausalLM of MODELS, float32, every weight random: biases and norms too."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**MODELS[name], attn_implementation="eager"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
+def write_models(folder: Path) -> None:
+    """Each of MODELS as a Hugging Face folder."""
+    for name in MODELS:
+        tiny_model(name).save_pretrained(folder / name)
+
+
+class Reference:
+    """One model's log-probs, entropies, losses and gradients on the training batch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.batch = training_batch()
+        self.model = self.fresh_model()
+        with torch.no_grad():
+            scores = [self.score(self.model, row) for row in range(self.batch.size)]
+        self.log_probs, self.entropies = ([score[i] for score in scores] for i in range(2))
+        offsets = old_policy_offsets(self.batch).double()
+        self.old_log_probs = [
+            log_probs + offsets[row, : len(log_probs)] for row, log_probs in enumerate(self.log_probs)
+        ]
+        self.advantages = self._eapo_advantages()
+
+    def fresh_model(self) -> torch.nn.Module:
+        model = type(tiny_model(self.name))(tiny_model(self.name).config).double().eval()
+        model.load_state_dict(tiny_model(self.name).state_dict())
+        return model
+
+    def score(self, model: torch.nn.Module, row: int) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the tokens of one response."""
+        prompt, response = self.batch.prompts[row], self.batch.responses[row]
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+        log_probs = logits.log_softmax(-1)
+        entropies = -(log_probs.exp() * log_probs).sum(-1)
+        return log_probs[torch.arange(len(response)), response], entropies
+
+    def _eapo_advantages(self) -> list[Tensor]:
+        """A^CA of each response's tokens (Eq. 6 and 7)."""
+        groups = self.batch.group_ids.tolist()
+        shaped = []
+        for row, group in enumerate(groups):
+            members = [other for other in range(len(groups)) if groups[other] == group]
+            rewards = self.batch.rewards[members].double()
+            advantage = (self.batch.rewards[row].double() - rewards.mean()) / (rewards.std() + 1e-6)
+            tokens = torch.cat([self.entropies[member] for member in members])
+            term = (self.entropies[row] - tokens.mean()) / tokens.std(correction=0)
+            term = term.clamp(-advantage.abs() / PHI, advantage.abs() / PHI)
+            shaped.append(advantage + ALPHA * advantage.sign() * term)
+        return shaped
+
+    def loss(self, model: torch.nn.Module, rows: Sequence[int], aggregation: str) -> Tensor:
+        """Eq. 2, over all tokens of `rows` or group by group."""
+        groups = self.batch.group_ids.tolist()
+        lengths = {row: len(self.batch.responses[row]) for row in rows}
+        total = torch.zeros((), dtype=torch.float64)
+        for row in rows:
+            ratio = (self.score(model, row)[0] - self.old_log_probs[row]).exp()
+            surrogate = torch.minimum(
+                ratio * self.advantages[row], ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH) * self.advantages[row]
+            )
+            if aggregation == "token_mean":
+                denominator = sum(lengths.values())
+            else:
+                of_group = sum(length for other, length in lengths.items() if groups[other] == groups[row])
+                denominator = of_group * len({groups[other] for other in rows})
+            total = total - surrogate.sum() / denominator
+        return total
+
+    @cache  # noqa: B019
+    def gradients(self, aggregation: str) -> tuple[float, dict[str, Tensor]]:
+        """Loss over the whole batch and its gradient by Hugging Face name."""
+        self.model.zero_grad()
+        loss = self.loss(self.model, range(self.batch.size), aggregation)
+        loss.backward()
+        return loss.item(), {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
+
+    @cache  # noqa: B019
+    def steps(self, optimizer_name: str) -> tuple[list[float], dict[str, Tensor]]:
+        """Gradient norms of the optimizer steps on MINI_BATCHES, and the weights after them."""
+        model = self.fresh_model()
+        settings = OPTIMIZERS[optimizer_name]
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer: torch.optim.Optimizer
+        if optimizer_name == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=settings["lr"], momentum=settings["sgd_momentum"])
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.999), eps=settings["adam_eps"])
+        norms = []
+        for step, rows in enumerate(MINI_BATCHES):
+            model.zero_grad()
+            self.loss(model, rows, "token_mean").backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_grad"]).item())
+            for group in optimizer.param_groups:
+                group["lr"] = settings["lr"] * (1 - step / DECAY_STEPS)
+            optimizer.step()
+        return norms, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@cache
+def reference_of(name: str) -> Reference:
+    return Reference(name)

@@ -1,0 +1,130 @@
+"""The parallel layouts that the tests run, and the tiny models and data that they run on."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from eapo_megatron.rollout.engine import Response
+from eapo_megatron.training.batching import Batch, make_batch
+
+VOCAB_SIZE = 37  # odd: every layout pads it
+TEMPERATURE = 0.8
+STOP_TOKENS = (1, 2)
+
+_TIED = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": _TIED,
+    "untied": _TIED | {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 500.0},
+    "one kv head": _TIED | {"num_key_value_heads": 1},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run the policy; `parallel` are the keyword arguments of `Parallel`."""
+
+    world_size: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    model: str = "tied"
+    micro_batch_size: int = 4
+    optimizer: str = "sgd"
+    dtype: str = "float32"
+    recompute: str = "none"
+    rollouts: bool = False
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+SP = {"sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+UNEVEN = {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3}
+SHARDED = {"use_distributed_optimizer": True}
+
+LAYOUTS: dict[str, Layout] = {
+    "single": Layout(1, rollouts=True),
+    "single, micro-batch 1": Layout(1, micro_batch_size=1),
+    "single, full recompute": Layout(1, recompute="full"),
+    "single, selective recompute": Layout(1, recompute="selective"),
+    "single, untied": Layout(1, model="untied"),
+    "single, one kv head": Layout(1, model="one kv head"),
+    "single, bfloat16": Layout(1, dtype="bfloat16"),
+    "single, Adam": Layout(1, optimizer="adam"),
+    "single, Adam, distributed optimizer": Layout(1, SHARDED, optimizer="adam"),
+    "TP2": Layout(2, TP2, rollouts=True),
+    "TP2, one kv head": Layout(2, TP2, model="one kv head", rollouts=True),
+    "TP2, untied": Layout(2, TP2, model="untied", micro_batch_size=1),
+    "TP2 SP": Layout(2, TP2 | SP, rollouts=True),
+    "TP2 SP, micro-batch 1": Layout(2, TP2 | SP, micro_batch_size=1),
+    "TP2 SP, full recompute": Layout(2, TP2 | SP, recompute="full"),
+    "TP2 SP, selective recompute": Layout(2, TP2 | SP, recompute="selective"),
+    "PP2": Layout(2, PP2, rollouts=True),
+    "PP2, micro-batch 1": Layout(2, PP2, micro_batch_size=1),
+    "PP2, full recompute": Layout(2, PP2, recompute="full", micro_batch_size=1),
+    "PP2, uneven": Layout(2, PP2 | UNEVEN, micro_batch_size=1, rollouts=True),
+    "PP2, uneven, untied": Layout(2, PP2 | UNEVEN, model="untied"),
+    "PP2 VPP2": Layout(2, PP2 | VPP2, rollouts=True),
+    "PP2 VPP2, micro-batch 1": Layout(2, PP2 | VPP2, model="untied", micro_batch_size=1),
+    "DP2": Layout(2),
+    "DP2, micro-batch 1": Layout(2, micro_batch_size=1),
+    "DP2, Adam": Layout(2, optimizer="adam"),
+    "DP2, Adam, distributed optimizer": Layout(2, SHARDED, optimizer="adam"),
+    "TP2 SP, Adam": Layout(2, TP2 | SP, optimizer="adam"),
+    "TP2 SP, Adam, distributed optimizer": Layout(2, TP2 | SP | SHARDED, optimizer="adam"),
+    "PP2 VPP2, Adam": Layout(2, PP2 | VPP2, optimizer="adam"),
+    "PP2 VPP2, Adam, distributed optimizer": Layout(2, PP2 | VPP2 | SHARDED, optimizer="adam"),
+    "TP2 PP2": Layout(4, TP2 | PP2, micro_batch_size=1, rollouts=True),
+    "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, rollouts=True),
+    "DP2 TP2": Layout(4, TP2),
+    "DP2 PP2": Layout(4, PP2, micro_batch_size=1),
+    "DP2 TP2 SP, Adam": Layout(4, TP2 | SP, optimizer="adam"),
+    "DP2 TP2 SP, Adam, distributed optimizer": Layout(4, TP2 | SP | SHARDED, optimizer="adam"),
+}
+FLOAT32 = [name for name, layout in LAYOUTS.items() if layout.dtype == "float32"]
+
+# The optimizer steps: a group, one response alone (with DP2 a rank without any), an odd number over two groups.
+MINI_BATCHES: list[list[int]] = [[0, 1, 2, 3], [6], [4, 5, 7, 8, 9, 10, 11]]
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"name": "sgd", "lr": 0.05, "sgd_momentum": 0.9, "weight_decay": 0.1, "clip_grad": 1.0},
+    "adam": {"name": "adam", "lr": 0.01, "weight_decay": 0.1, "clip_grad": 1.0, "adam_eps": 1e-4},
+}
+DECAY_STEPS = 10  # the learning rate falls linearly to 0
+
+
+def training_batch() -> Batch:
+    """Three groups of four responses of random tokens, right and wrong ones in each."""
+    source = random.Random(0)
+
+    def tokens(shortest: int, longest: int) -> list[int]:
+        return [source.randrange(VOCAB_SIZE) for _ in range(source.randint(shortest, longest))]
+
+    prompts = [tokens(2, 8) for _ in range(3)]
+    responses = [[Response(ids := tokens(1, 9), [0.0] * len(ids), True) for _ in range(4)] for _ in range(3)]
+    rewards = [[1.0, -1.0, -1.0, -1.0], [-1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, 1.0]]
+    return make_batch(prompts, responses, rewards, torch.device("cpu"))
+
+
+def old_policy_offsets(batch: Batch) -> torch.Tensor:
+    """How far the old policy's log-probs lie from the current ones [N, T]: ratios inside and outside the clip range."""
+    ratios = torch.tensor([0.6, 0.9, 1.0, 1.1, 1.5])
+    chosen = torch.randint(len(ratios), batch.mask.shape, generator=torch.Generator().manual_seed(0))
+    return -ratios[chosen].log()
+
+
+# Prompts of different lengths; [] of seeds is never asked for.
+ROLLOUT_PROMPTS = [[3, 4, 5, 6, 7, 30, 31], [7, 8], [9, 10, 11, 12], [36]]
+ROLLOUT_SEEDS = [[11, 12, 13], [21, 22], [31, 32, 33, 34], [41, 42]]
+RESPONSE_TOKENS = 14

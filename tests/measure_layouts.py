@@ -1,0 +1,227 @@
+"""One rank of a launch: runs every layout of this world size, one after another; rank 0 writes what came out.
+
+Arguments: the folder of the models, the folder for the results, one file a layout.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure_rollouts
+import torch
+import torch.distributed as dist
+from layouts import (
+    DECAY_STEPS,
+    LAYOUTS,
+    MINI_BATCHES,
+    MODELS,
+    OPTIMIZERS,
+    TEMPERATURE,
+    Layout,
+    old_policy_offsets,
+    training_batch,
+)
+from megatron.core import parallel_state
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+from torch import Tensor
+
+from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
+from eapo_megatron.config import Model, Optimizer, Parallel
+from eapo_megatron.models.conversion import load_weights
+from eapo_megatron.models.families import Weight, family_of
+from eapo_megatron.models.huggingface import HuggingFaceWeights, RandomWeights
+from eapo_megatron.models.policy_model import Policy, build_policy, named_weights
+from eapo_megatron.models.runtime import start_runtime, stop_runtime
+from eapo_megatron.training.optimizer import PolicyOptimizer, build_optimizer
+from eapo_megatron.training.policy_worker import PolicyWorker
+
+
+def measure(layout: Layout, models: Path) -> dict[str, Any]:
+    parallel = Parallel(**layout.parallel)
+    folder = models / layout.model
+    runtime = start_runtime(parallel, seed=1)
+    try:
+        source = HuggingFaceWeights(folder)
+        model = Model(path=str(folder), dtype=layout.dtype, recompute=layout.recompute)
+        policy = build_policy(source.hf_config, model, parallel, runtime)
+        load_weights(policy, source)
+        results = measure_training(policy, layout)
+        load_weights(policy, source)
+        if layout.rollouts:
+            results["rollouts"] = measure_rollouts.responses(policy)
+        if layout is LAYOUTS["single"]:
+            results["engine"] = measure_rollouts.engine(policy)
+        load_weights(policy, RandomWeights({**MODELS[layout.model], "model_type": "qwen2"}, seed=5))
+        results["random_weights"] = whole_tensors(policy, lambda parameter: parameter.data)
+        return results
+    finally:
+        stop_runtime()
+
+
+def measure_training(policy: Policy, layout: Layout) -> dict[str, Any]:
+    """Scores and gradients of the loaded weights, then optimizer steps, refused ones before and between them."""
+    batch = training_batch()
+    worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
+    scores = worker.score(batch)
+    advantages = group_advantages(batch.rewards, batch.group_ids)[:, None].expand(batch.mask.shape)
+    inputs = {
+        "old_log_probs": scores.log_probs + old_policy_offsets(batch) * batch.mask,
+        "advantages": eapo_advantages(advantages, scores.entropies, batch.mask, batch.group_ids),
+    }
+    results: dict[str, Any] = {"log_probs": scores.log_probs, "entropies": scores.entropies}
+
+    def weights_of(rows: list[int], aggregation: str = "token_mean") -> Tensor:
+        chosen = torch.zeros(batch.size, 1, dtype=torch.bool)
+        chosen[rows] = True
+        return loss_weights(batch.mask & chosen, batch.group_ids, aggregation=aggregation)
+
+    everything = list(range(batch.size))
+    for aggregation in ("token_mean", "group_token_mean"):
+        weights = weights_of(everything, aggregation)
+        metrics = worker.accumulate(batch, everything, LossSettings(), weights=weights, **inputs)
+        results[aggregation] = metrics["loss/policy"], complete_gradients(policy)
+    results["padding_gradient"] = padding_gradient(policy)
+
+    optimizer = build_optimizer(
+        policy, Optimizer(lr_decay_style="linear", lr_decay_steps=DECAY_STEPS, **OPTIMIZERS[layout.optimizer])
+    )
+
+    def update(rows: list[int], **replaced: Tensor) -> tuple[bool, dict[str, float]]:
+        update = worker.update(
+            batch, rows, optimizer, LossSettings(), weights=weights_of(rows), **(inputs | replaced)
+        )
+        return update.applied, update.metrics
+
+    poisoned = inputs["advantages"].clone()
+    poisoned[MINI_BATCHES[1][0], 0] = torch.nan
+    steps = []
+    for rows in MINI_BATCHES:
+        results["nan_loss"] = unchanged(policy, optimizer, lambda: update(everything, advantages=poisoned)[0])
+        results["inf_gradient"] = unchanged(policy, optimizer, lambda: step_on_inf(worker, optimizer, batch, inputs))
+        steps.append(update(rows))
+    results["applied"] = [applied for applied, _ in steps]
+    results["norms"] = [metrics["grad_norm"] for _, metrics in steps]
+    results["lrs"] = [metrics["lr"] for _, metrics in steps]
+    results["weights"] = whole_tensors(policy, lambda parameter: parameter.data)
+    return results
+
+
+def unchanged(policy: Policy, optimizer: PolicyOptimizer, step: Callable[[], bool]) -> dict[str, bool]:
+    """Runs a step that must be refused -> what it left as it was, on all ranks."""
+
+    def state() -> tuple[list[Tensor], list[Tensor], tuple]:
+        parameters = [parameter.data.clone() for module in policy.modules for parameter in module.parameters()]
+        moments = [
+            value.clone()
+            for part in optimizer.megatron.chained_optimizers
+            for values in part.optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, Tensor)
+        ]
+        rates = [group["lr"] for group in optimizer.megatron.param_groups]
+        return parameters, moments, (optimizer.lr, optimizer.schedule.num_steps, rates)
+
+    before = state()
+    applied = step()
+    after = state()
+    mine = {
+        "refused": not applied,
+        "weights": all(map(torch.equal, before[0], after[0])),
+        "moments": len(before[1]) == len(after[1]) and all(map(torch.equal, before[1], after[1])),
+        "schedule": before[2] == after[2],
+    }
+    ranks = policy.runtime.gather_objects(mine)
+    return {name: all(rank[name] for rank in ranks) for name in mine}
+
+
+def step_on_inf(worker: PolicyWorker, optimizer: PolicyOptimizer, batch: Any, inputs: dict[str, Tensor]) -> bool:
+    """An optimizer step whose loss is finite, with one Inf in a gradient of the last rank."""
+    weights = loss_weights(batch.mask, batch.group_ids)
+    worker.accumulate(batch, range(batch.size), LossSettings(), weights=weights, **inputs)
+    policy = worker.policy
+    if policy.runtime.rank == policy.runtime.world_size - 1:
+        for chunk in policy.chunks:
+            for buffer in chunk.buffers:
+                buffer.grad_data[-1] = torch.inf  # in this rank's own part under the distributed optimizer too
+    return optimizer.step(loss_is_finite=True)[0]
+
+
+def complete_gradients(policy: Policy) -> dict[str, Tensor]:
+    """Global gradients by Hugging Face name; the distributed optimizer leaves each rank with its part of them."""
+    for chunk in policy.chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            group = parallel_state.get_data_parallel_group()
+            for bucket in (bucket for buffer in chunk.buffers for bucket in buffer.buckets):
+                shards = shard_buffer(bucket.grad_data, group.size())
+                dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+    return whole_tensors(policy, lambda parameter: parameter.main_grad)
+
+
+def whole_tensors(policy: Policy, value_of: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    """A value of each parameter put together from all ranks, by Hugging Face name; copies of it must be equal."""
+    mine = [
+        (weight, parallel_state.get_tensor_model_parallel_rank(), value_of(parameter).float())
+        for module in policy.modules
+        for _, parameter, weight in named_weights(module, policy.hf_config)
+    ]
+    named = [(weight.name, tp_rank, value) for weight, tp_rank, value in mine]
+    shards: dict[str, dict[int, Tensor]] = {}
+    for name, tp_rank, value in (entry for rank in policy.runtime.gather_objects(named) for entry in rank):
+        copy = shards.setdefault(name, {}).setdefault(tp_rank, value)
+        assert torch.equal(copy, value), f"copies of {name} differ"
+    whole: dict[str, Tensor] = {}
+    for weight in all_weights(policy):
+        by_rank = shards.pop(weight.name)
+        whole |= zip(weight.hf_names, unsharded(weight, [by_rank[rank] for rank in sorted(by_rank)]), strict=True)
+    assert not shards, f"{sorted(shards)} belong to no tensor"
+    return whole
+
+
+def all_weights(policy: Policy) -> list[Weight]:
+    return family_of(dict(policy.hf_config)).weights(policy.hf_config)
+
+
+def unsharded(weight: Weight, shards: list[Tensor]) -> list[Tensor]:
+    """Hugging Face tensors from the shards of a Megatron parameter in tensor-parallel order."""
+    if weight.tp_dim is None:
+        assert all(torch.equal(shards[0], shard) for shard in shards), f"replicas of {weight.name} differ"
+        return weight.split([shards[0]])
+    count = len(weight.merge([torch.empty(shape) for shape in weight.shapes]))
+    pieces = [shard.chunk(count, dim=weight.tp_dim) for shard in shards]
+    parts = [torch.cat([piece[i] for piece in pieces], dim=weight.tp_dim) for i in range(count)]
+    if weight.pads_vocabulary:
+        parts = [part[: weight.shapes[0][0]] for part in parts]
+    return weight.split(parts)
+
+
+def padding_gradient(policy: Policy) -> float:
+    """The largest gradient of any padded vocabulary row, over all ranks."""
+    largest = 0.0
+    for module in policy.modules:
+        for _, parameter, weight in named_weights(module, policy.hf_config):
+            if weight.pads_vocabulary:
+                first = parallel_state.get_tensor_model_parallel_rank() * parameter.shape[0]
+                padding = parameter.main_grad[max(policy.vocab_size - first, 0) :]
+                assert padding.shape[0] < parameter.shape[0] or first >= policy.vocab_size
+                largest = max([largest, *padding.abs().flatten().tolist()])
+    return max(policy.runtime.gather_objects(largest))
+
+
+def main(models: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    for name, layout in LAYOUTS.items():
+        import os
+        import time
+        start = time.time()
+        if layout.world_size == int(os.environ["WORLD_SIZE"]):
+            results = measure(layout, models)
+            if os.environ["RANK"] == "0":
+                torch.save(results, out / f"{name}.pt")
+                print(name, time.time() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,84 @@
+"""What one rank of a launch draws with the rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from layouts import RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, TEMPERATURE
+from torch import Tensor
+
+from eapo_megatron.models.policy_model import Policy
+from eapo_megatron.rollout.engine import Response, SamplingParams
+from eapo_megatron.rollout.megatron_engine import MegatronEngine
+from eapo_megatron.training.batching import make_batch
+from eapo_megatron.training.policy_worker import PolicyWorker
+
+GREEDY = SamplingParams(top_k=1, max_response_tokens=RESPONSE_TOKENS)
+SAMPLED = SamplingParams(temperature=TEMPERATURE, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=STOP_TOKENS)
+
+
+def responses(policy: Policy) -> dict[str, Any]:
+    """Greedy and sampled responses, and the policy's own scores of the sampled ones."""
+    engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=64)
+
+    def generate(sampling: SamplingParams) -> list[list[Response]]:
+        return engine.generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, sampling)
+
+    sampled = generate(SAMPLED)
+    return {
+        "greedy": generate(GREEDY),
+        "sampled": sampled,
+        "nucleus": generate(replace(SAMPLED, top_p=0.7)),
+        "top_k": generate(replace(SAMPLED, top_k=5, temperature=1.5)),
+        "scored": score(policy, ROLLOUT_PROMPTS, sampled, TEMPERATURE),
+        "scored_at_1": score(policy, ROLLOUT_PROMPTS, unit := generate(replace(SAMPLED, temperature=1.0)), 1.0),
+        "sampled_at_1": unit,
+        "ranks_agree": len(set(map(repr, policy.runtime.gather_objects(sampled)))) == 1,
+    }
+
+
+def score(
+    policy: Policy, prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Response]], temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Behaviour log-probs and the worker's, each [tokens]."""
+    rewards = [[0.0] * len(group) for group in groups]
+    batch = make_batch(prompts, groups, rewards, policy.runtime.device)
+    scores = PolicyWorker(policy, micro_batch_size=4, temperature=temperature).score(batch)
+    return batch.behaviour_log_probs[batch.mask], scores.log_probs[batch.mask]
+
+
+def engine(policy: Policy) -> dict[str, Any]:
+    """The engine's handling of batches, lengths and stop tokens, on one rank."""
+
+    def generate(
+        prompts: list[list[int]], seeds: list[list[int]], sampling: SamplingParams = SAMPLED, *, max_batch_size: int = 64
+    ) -> list[list[Response]]:
+        return MegatronEngine(policy, pad_token_id=0, max_batch_size=max_batch_size).generate(prompts, seeds, sampling)
+
+    endless = replace(SAMPLED, stop_token_ids=())
+    shapes: list[tuple[int, ...]] = []
+    (chunk,) = policy.modules
+    hook = chunk.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    generate([[3, 4, 5, 6, 7], [8, 9]], [[1, 2, 3, 4], [5, 6]], replace(endless, max_response_tokens=3))
+    hook.remove()
+    training = policy.chunks[0].training
+    return {
+        "together": generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS),
+        "one_prompt_at_a_time": [
+            generate([prompt], [seeds])[0] for prompt, seeds in zip(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, strict=True)
+        ],
+        "one_response_at_a_time": [
+            [generate([prompt], [[seed]])[0][0] for seed in seeds]
+            for prompt, seeds in zip(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, strict=True)
+        ],
+        "max_batch_size_1": generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, max_batch_size=1),
+        "max_batch_size_5": generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, max_batch_size=5),
+        "endless": generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, endless),
+        "one_token": generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, replace(endless, max_response_tokens=1)),
+        "no_prompts": generate([], []),
+        "forward_shapes": shapes,
+        "training_mode_kept": training and policy.modules[0].training and torch.is_grad_enabled(),
+    }
