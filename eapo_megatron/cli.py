@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -55,6 +56,8 @@ def _prepare(settings: Recipe, world_size: int, *, source: str):  # type: ignore
 
 def _train_rank(settings: Recipe, *, source: str) -> None:
     ingredients = _prepare(settings, int(os.environ["WORLD_SIZE"]), source=source)
+    # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
 
     from eapo_megatron.models.runtime import start_runtime, stop_runtime  # megatron: seconds
     from eapo_megatron.training.loop import train as train_run

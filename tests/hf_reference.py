@@ -98,10 +98,10 @@ class Reference:
         return total
 
     @cache  # noqa: B019
-    def gradients(self, aggregation: str) -> tuple[float, dict[str, Tensor]]:
+    def gradients(self) -> tuple[float, dict[str, Tensor]]:
         """Loss over the whole batch and its gradient by Hugging Face name."""
         self.model.zero_grad()
-        loss = self.loss(self.model, range(self.batch.size), aggregation)
+        loss = self.loss(self.model, range(self.batch.size), "token_mean")
         loss.backward()
         return loss.item(), {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
 
@@ -112,16 +112,19 @@ class Reference:
         settings = OPTIMIZERS[optimizer_name]
         matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
         vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": settings["weight_decay"]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         optimizer: torch.optim.Optimizer
         if optimizer_name == "sgd":
             optimizer = torch.optim.SGD(groups, lr=settings["lr"], momentum=settings["sgd_momentum"])
         else:
             optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.999), eps=settings["adam_eps"])
         norms = []
-        for step, rows in enumerate(MINI_BATCHES):
+        for step, (rows, aggregation) in enumerate(MINI_BATCHES):
             model.zero_grad()
-            self.loss(model, rows, "token_mean").backward()
+            self.loss(model, rows, aggregation).backward()
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_grad"]).item())
             for group in optimizer.param_groups:
                 group["lr"] = settings["lr"] * (1 - step / DECAY_STEPS)

@@ -23,7 +23,7 @@ def run_ranks(script: Path, world_size: int, args: Sequence[str | Path] = (), *,
         AssertionError: with the stderr of the ranks that failed; the others are killed at once.
         TimeoutError: after `timeout` seconds, with the stderr of all.
     """
-    shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "OMP_NUM_THREADS": 1}
+    shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks: list[subprocess.Popen] = []
@@ -65,7 +65,8 @@ def _errors(folder: Path, ranks: Sequence[int]) -> str:
     return "\n".join(f"--- rank {rank}\n{(folder / f'{rank}.err').read_text()[-6000:]}" for rank in ranks)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

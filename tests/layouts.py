@@ -68,12 +68,10 @@ LAYOUTS: dict[str, Layout] = {
     "TP2, one kv head": Layout(2, TP2, model="one kv head", rollouts=True),
     "TP2, untied": Layout(2, TP2, model="untied", micro_batch_size=1),
     "TP2 SP": Layout(2, TP2 | SP, rollouts=True),
-    "TP2 SP, micro-batch 1": Layout(2, TP2 | SP, micro_batch_size=1),
     "TP2 SP, full recompute": Layout(2, TP2 | SP, recompute="full"),
-    "TP2 SP, selective recompute": Layout(2, TP2 | SP, recompute="selective"),
     "PP2": Layout(2, PP2, rollouts=True),
     "PP2, micro-batch 1": Layout(2, PP2, micro_batch_size=1),
-    "PP2, full recompute": Layout(2, PP2, recompute="full", micro_batch_size=1),
+    "PP2, full recompute": Layout(2, PP2, recompute="full"),
     "PP2, uneven": Layout(2, PP2 | UNEVEN, micro_batch_size=1, rollouts=True),
     "PP2, uneven, untied": Layout(2, PP2 | UNEVEN, model="untied"),
     "PP2 VPP2": Layout(2, PP2 | VPP2, rollouts=True),
@@ -82,23 +80,22 @@ LAYOUTS: dict[str, Layout] = {
     "DP2, micro-batch 1": Layout(2, micro_batch_size=1),
     "DP2, Adam": Layout(2, optimizer="adam"),
     "DP2, Adam, distributed optimizer": Layout(2, SHARDED, optimizer="adam"),
-    "TP2 SP, Adam": Layout(2, TP2 | SP, optimizer="adam"),
-    "TP2 SP, Adam, distributed optimizer": Layout(2, TP2 | SP | SHARDED, optimizer="adam"),
-    "PP2 VPP2, Adam": Layout(2, PP2 | VPP2, optimizer="adam"),
-    "PP2 VPP2, Adam, distributed optimizer": Layout(2, PP2 | VPP2 | SHARDED, optimizer="adam"),
     "TP2 PP2": Layout(4, TP2 | PP2, micro_batch_size=1, rollouts=True),
     "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, rollouts=True),
-    "DP2 TP2": Layout(4, TP2),
-    "DP2 PP2": Layout(4, PP2, micro_batch_size=1),
+    "DP2 PP2 VPP2": Layout(4, PP2 | VPP2),
     "DP2 TP2 SP, Adam": Layout(4, TP2 | SP, optimizer="adam"),
     "DP2 TP2 SP, Adam, distributed optimizer": Layout(4, TP2 | SP | SHARDED, optimizer="adam"),
 }
 FLOAT32 = [name for name, layout in LAYOUTS.items() if layout.dtype == "float32"]
 
-# The optimizer steps: a group, one response alone (with DP2 a rank without any), an odd number over two groups.
-MINI_BATCHES: list[list[int]] = [[0, 1, 2, 3], [6], [4, 5, 7, 8, 9, 10, 11]]
+# The optimizer steps: a group; one response alone (with DP2 a rank has none); an odd number over two groups.
+MINI_BATCHES: list[tuple[list[int], str]] = [
+    ([0, 1, 2, 3], "token_mean"),
+    ([6], "token_mean"),
+    ([4, 5, 7, 8, 9, 10, 11], "group_token_mean"),
+]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"name": "sgd", "lr": 0.05, "sgd_momentum": 0.9, "weight_decay": 0.1, "clip_grad": 1.0},
+    "sgd": {"name": "sgd", "lr": 0.4, "sgd_momentum": 0.9, "weight_decay": 0.1, "clip_grad": 1.0},
     "adam": {"name": "adam", "lr": 0.01, "weight_decay": 0.1, "clip_grad": 1.0, "adam_eps": 1e-4},
 }
 DECAY_STEPS = 10  # the learning rate falls linearly to 0

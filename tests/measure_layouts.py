@@ -5,8 +5,10 @@ Arguments: the folder of the models, the folder for the results, one file a layo
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,34 +37,37 @@ from eapo_megatron.models.families import Weight, family_of
 from eapo_megatron.models.huggingface import HuggingFaceWeights, RandomWeights
 from eapo_megatron.models.policy_model import Policy, build_policy, named_weights
 from eapo_megatron.models.runtime import start_runtime, stop_runtime
+from eapo_megatron.training.batching import Batch
 from eapo_megatron.training.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.training.policy_worker import PolicyWorker
+from launch import free_port
+
+FAULTS = ("NaN loss", "Inf gradient")
 
 
 def measure(layout: Layout, models: Path) -> dict[str, Any]:
     parallel = Parallel(**layout.parallel)
-    folder = models / layout.model
     runtime = start_runtime(parallel, seed=1)
-    try:
-        source = HuggingFaceWeights(folder)
-        model = Model(path=str(folder), dtype=layout.dtype, recompute=layout.recompute)
-        policy = build_policy(source.hf_config, model, parallel, runtime)
+    source = HuggingFaceWeights(models / layout.model)
+    model = Model(path=str(source.folder), dtype=layout.dtype, recompute=layout.recompute)
+    policy = build_policy(source.hf_config, model, parallel, runtime)
+    load_weights(policy, source)
+    results = measure_training(policy, layout)
+    if layout.rollouts:
         load_weights(policy, source)
-        results = measure_training(policy, layout)
-        load_weights(policy, source)
-        if layout.rollouts:
-            results["rollouts"] = measure_rollouts.responses(policy)
-        if layout is LAYOUTS["single"]:
-            results["engine"] = measure_rollouts.engine(policy)
-        load_weights(policy, RandomWeights({**MODELS[layout.model], "model_type": "qwen2"}, seed=5))
-        results["random_weights"] = whole_tensors(policy, lambda parameter: parameter.data)
-        return results
-    finally:
-        stop_runtime()
+        results["rollouts"] = measure_rollouts.responses(policy)
+    if layout is LAYOUTS["single"]:
+        results["engine"] = measure_rollouts.engine(policy)
+    load_weights(policy, RandomWeights({**MODELS[layout.model], "model_type": "qwen2"}, seed=5))
+    results["random_weights"] = whole_tensors(policy, lambda parameter: parameter.data)
+    # The store of this process group outlives it for a moment: the next one meets at another port.
+    os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
+    stop_runtime()
+    return results
 
 
 def measure_training(policy: Policy, layout: Layout) -> dict[str, Any]:
-    """Scores and gradients of the loaded weights, then optimizer steps, refused ones before and between them."""
+    """Scores and gradients of the loaded weights, then optimizer steps with refused ones between them."""
     batch = training_batch()
     worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
     scores = worker.score(batch)
@@ -73,38 +78,30 @@ def measure_training(policy: Policy, layout: Layout) -> dict[str, Any]:
     }
     results: dict[str, Any] = {"log_probs": scores.log_probs, "entropies": scores.entropies}
 
-    def weights_of(rows: list[int], aggregation: str = "token_mean") -> Tensor:
+    def weights_of(rows: Sequence[int], aggregation: str = "token_mean") -> Tensor:
         chosen = torch.zeros(batch.size, 1, dtype=torch.bool)
         chosen[rows] = True
         return loss_weights(batch.mask & chosen, batch.group_ids, aggregation=aggregation)
 
     everything = list(range(batch.size))
-    for aggregation in ("token_mean", "group_token_mean"):
-        weights = weights_of(everything, aggregation)
-        metrics = worker.accumulate(batch, everything, LossSettings(), weights=weights, **inputs)
-        results[aggregation] = metrics["loss/policy"], complete_gradients(policy)
+    metrics = worker.accumulate(batch, everything, LossSettings(), weights=weights_of(everything), **inputs)
+    results["loss"] = metrics["loss/policy"]
+    results["gradients"] = complete_gradients(policy)
     results["padding_gradient"] = padding_gradient(policy)
 
     optimizer = build_optimizer(
         policy, Optimizer(lr_decay_style="linear", lr_decay_steps=DECAY_STEPS, **OPTIMIZERS[layout.optimizer])
     )
-
-    def update(rows: list[int], **replaced: Tensor) -> tuple[bool, dict[str, float]]:
-        update = worker.update(
-            batch, rows, optimizer, LossSettings(), weights=weights_of(rows), **(inputs | replaced)
-        )
-        return update.applied, update.metrics
-
-    poisoned = inputs["advantages"].clone()
-    poisoned[MINI_BATCHES[1][0], 0] = torch.nan
-    steps = []
-    for rows in MINI_BATCHES:
-        results["nan_loss"] = unchanged(policy, optimizer, lambda: update(everything, advantages=poisoned)[0])
-        results["inf_gradient"] = unchanged(policy, optimizer, lambda: step_on_inf(worker, optimizer, batch, inputs))
-        steps.append(update(rows))
-    results["applied"] = [applied for applied, _ in steps]
-    results["norms"] = [metrics["grad_norm"] for _, metrics in steps]
-    results["lrs"] = [metrics["lr"] for _, metrics in steps]
+    updates = []
+    for rows, aggregation in MINI_BATCHES:
+        weights = weights_of(rows, aggregation)
+        if updates:  # the optimizer has moments by now
+            refused = partial(refused_update, worker, optimizer, batch, rows, weights, inputs)
+            results["refused"] = {fault: unchanged(policy, optimizer, partial(refused, fault)) for fault in FAULTS}
+        updates.append(worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs))
+    results["applied"] = [update.applied for update in updates]
+    results["norms"] = [update.metrics["grad_norm"] for update in updates]
+    results["lrs"] = [update.metrics["lr"] for update in updates]
     results["weights"] = whole_tensors(policy, lambda parameter: parameter.data)
     return results
 
@@ -137,16 +134,36 @@ def unchanged(policy: Policy, optimizer: PolicyOptimizer, step: Callable[[], boo
     return {name: all(rank[name] for rank in ranks) for name in mine}
 
 
-def step_on_inf(worker: PolicyWorker, optimizer: PolicyOptimizer, batch: Any, inputs: dict[str, Tensor]) -> bool:
-    """An optimizer step whose loss is finite, with one Inf in a gradient of the last rank."""
-    weights = loss_weights(batch.mask, batch.group_ids)
-    worker.accumulate(batch, range(batch.size), LossSettings(), weights=weights, **inputs)
-    policy = worker.policy
-    if policy.runtime.rank == policy.runtime.world_size - 1:
-        for chunk in policy.chunks:
-            for buffer in chunk.buffers:
-                buffer.grad_data[-1] = torch.inf  # in this rank's own part under the distributed optimizer too
-    return optimizer.step(loss_is_finite=True)[0]
+def refused_update(
+    worker: PolicyWorker,
+    optimizer: PolicyOptimizer,
+    batch: Batch,
+    rows: Sequence[int],
+    weights: Tensor,
+    inputs: dict[str, Tensor],
+    fault: str,
+) -> bool:
+    """An update with a NaN in its loss, or whose loss is finite while one rank's backward makes one gradient Inf."""
+    if fault == "NaN loss":
+        advantages = inputs["advantages"].clone()
+        advantages[rows[0], 0] = torch.nan
+        return worker.update(
+            batch, rows, optimizer, LossSettings(), weights=weights, **(inputs | {"advantages": advantages})
+        ).applied
+    runtime = worker.policy.runtime
+    *_, last = (
+        parameter
+        for module in worker.policy.modules
+        for name, parameter in module.named_parameters()
+        if name.endswith("linear_fc2.weight")
+    )
+    hooks = []
+    if runtime.rank == runtime.world_size - 1:
+        hooks.append(last.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf)))
+    update = worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs)
+    for hook in hooks:
+        hook.remove()
+    return update.applied
 
 
 def complete_gradients(policy: Policy) -> dict[str, Tensor]:
@@ -213,14 +230,10 @@ def padding_gradient(policy: Policy) -> float:
 def main(models: Path, out: Path) -> None:
     torch.set_num_threads(1)
     for name, layout in LAYOUTS.items():
-        import os
-        import time
-        start = time.time()
         if layout.world_size == int(os.environ["WORLD_SIZE"]):
             results = measure(layout, models)
             if os.environ["RANK"] == "0":
                 torch.save(results, out / f"{name}.pt")
-                print(name, time.time() - start, flush=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,11 @@ def engine(policy: Policy) -> dict[str, Any]:
     """The engine's handling of batches, lengths and stop tokens, on one rank."""
 
     def generate(
-        prompts: list[list[int]], seeds: list[list[int]], sampling: SamplingParams = SAMPLED, *, max_batch_size: int = 64
+        prompts: list[list[int]],
+        seeds: list[list[int]],
+        sampling: SamplingParams = SAMPLED,
+        *,
+        max_batch_size: int = 64,
     ) -> list[list[Response]]:
         return MegatronEngine(policy, pad_token_id=0, max_batch_size=max_batch_size).generate(prompts, seeds, sampling)
 

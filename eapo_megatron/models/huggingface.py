@@ -82,9 +82,15 @@ class HuggingFaceWeights:
             raise RecipeError(f"model.path {self.folder}: unexpected tensors: {_listed(extra)}")
         for file in sorted({self._files[name] for name in expected}):
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
+                held = set(tensors.keys())
+                names = sorted(name for name in expected if self._files[name] == file)
+                if absent := [name for name in names if name not in held]:
+                    raise RecipeError(
+                        f"model.path {self.folder}: {file.name} lacks tensors of its index: {_listed(absent)}"
+                    )
+                for name in names:
                     shape = tuple(tensors.get_slice(name).get_shape())
-                    if name in expected and shape != expected[name]:
+                    if shape != expected[name]:
                         raise RecipeError(
                             f"model.path {self.folder}: tensor {name} has shape {shape}, "
                             f"config.json asks for {expected[name]}"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from eapo_megatron.data import (
     load_tokenizer,
 )
 from eapo_megatron.models.huggingface import HuggingFaceWeights, hf_config_of
+from eapo_megatron.training.records import check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +63,7 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         loss = check_algorithm(recipe)
         hf_config = hf_config_of(recipe.model, source=source)
         check_layout(recipe.parallel, hf_config, world_size)
+        check_trackers(recipe.logging)
         check_run_folder(recipe)
         tokenizer = _tokenizer(recipe)
         train, held_out, dropped = _prompts(recipe, tokenizer)
@@ -245,13 +246,3 @@ def _check_sizes(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTra
     if recipe.rollout.engine != "megatron":
         raise RecipeError(f"rollout.engine {recipe.rollout.engine} is not available: use megatron")
 
-
-def settings_table(recipe: Recipe, ingredients: Ingredients) -> dict[str, Any]:
-    """A few facts of the run for its first lines of output."""
-    return {
-        "prompts": len(ingredients.train),
-        "held out": len(ingredients.held_out),
-        "dropped": ingredients.dropped or "none",
-        "shaping": {"name": recipe.algorithm.shaping.name, **recipe.algorithm.shaping.options},
-        "loss": dataclasses.asdict(ingredients.loss),
-    }

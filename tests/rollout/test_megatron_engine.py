@@ -1,0 +1,116 @@
+"""The embedded engine: tokens alike in every layout and batch, the policy's own log-probs, greedy as transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hf_reference import tiny_model
+from layouts import LAYOUTS, RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS
+
+from eapo_megatron.rollout.engine import Response
+
+Measured = Callable[[str], dict[str, Any]]
+ROLLOUTS = [name for name, layout in LAYOUTS.items() if layout.rollouts]
+TIED = [name for name in ROLLOUTS if LAYOUTS[name].model == "tied" and name != "single"]
+
+
+def tokens_of(groups: list[list[Response]]) -> list[list[list[int]]]:
+    return [[response.tokens for response in group] for group in groups]
+
+
+def flat(groups: list[list[Response]]) -> Iterator[Response]:
+    return (response for group in groups for response in group)
+
+
+def assert_same(actual: list[list[Response]], expected: list[list[Response]]) -> None:
+    """Equal tokens and ends; log-probs up to the rounding of another batch shape or layout."""
+    assert tokens_of(actual) == tokens_of(expected)
+    for one, other in zip(flat(actual), flat(expected), strict=True):
+        assert one.finished == other.finished
+        assert one.log_probs == pytest.approx(other.log_probs, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_greedy_responses_are_those_of_transformers(name: str, measured: Measured) -> None:
+    model = tiny_model(LAYOUTS[name].model)
+    groups = measured(name)["rollouts"]["greedy"]
+    for prompt, group in zip(ROLLOUT_PROMPTS, groups, strict=True):
+        ids = torch.tensor([prompt])
+        generated = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=RESPONSE_TOKENS, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        for response in group:
+            assert response.tokens == generated
+            assert response.log_probs == [0.0] * RESPONSE_TOKENS
+            assert not response.finished
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "sampled", "sampled_at_1", "nucleus", "top_k"])
+@pytest.mark.parametrize("name", TIED)
+def test_responses_do_not_depend_on_the_layout(name: str, sampling: str, measured: Measured) -> None:
+    assert_same(measured(name)["rollouts"][sampling], measured("single")["rollouts"][sampling])
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_all_ranks_of_a_replica_have_the_responses(name: str, measured: Measured) -> None:
+    assert measured(name)["rollouts"]["ranks_agree"]
+
+
+@pytest.mark.parametrize("scored", ["scored", "scored_at_1"])
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_behaviour_log_probs_are_the_policys(name: str, scored: str, measured: Measured) -> None:
+    behaviour, scores = measured(name)["rollouts"][scored]
+    assert len(behaviour) > 20
+    torch.testing.assert_close(behaviour, scores, rtol=0, atol=2e-5)
+
+
+def test_responses_of_a_prompt_differ(measured: Measured) -> None:
+    for group in measured("single")["rollouts"]["sampled"]:
+        assert len({tuple(response.tokens) for response in group}) == len(group)
+
+
+@pytest.mark.parametrize(
+    "batching", ["one_prompt_at_a_time", "one_response_at_a_time", "max_batch_size_1", "max_batch_size_5"]
+)
+def test_responses_do_not_depend_on_the_batch(batching: str, measured: Measured) -> None:
+    engine = measured("single")["engine"]
+    assert_same(engine[batching], engine["together"])
+
+
+def test_no_prompts(measured: Measured) -> None:
+    assert measured("single")["engine"]["no_prompts"] == []
+
+
+def test_stop_tokens_end_responses_and_belong_to_them(measured: Measured) -> None:
+    engine = measured("single")["engine"]
+    responses = list(flat(engine["together"]))
+    lengths = {len(response.tokens) for response in responses if response.finished}
+    assert len(lengths) > 1, "rows must leave the batch at different steps"
+    assert any(not response.finished for response in responses), "and some must stay to the end"
+    for response, endless in zip(responses, flat(engine["endless"]), strict=True):
+        stops = [place for place, token in enumerate(endless.tokens) if token in STOP_TOKENS]
+        end = stops[0] + 1 if stops else RESPONSE_TOKENS
+        assert response.tokens == endless.tokens[:end]
+        assert response.finished == bool(stops)
+        assert response.log_probs == pytest.approx(endless.log_probs[:end], abs=2e-5)
+
+
+def test_responses_are_cut_at_the_maximum_length(measured: Measured) -> None:
+    engine = measured("single")["engine"]
+    assert all(len(response.tokens) == RESPONSE_TOKENS for response in flat(engine["endless"]))
+    assert not any(response.finished for response in flat(engine["endless"]))
+    first = [[response.tokens[:1] for response in group] for group in engine["endless"]]
+    assert tokens_of(engine["one_token"]) == first
+    assert [len(group) for group in engine["one_token"]] == [len(seeds) for seeds in ROLLOUT_SEEDS]
+
+
+def test_a_prompt_is_prefilled_once_for_its_responses(measured: Measured) -> None:
+    """Two prompts of at most 5 tokens, 4 + 2 responses of 3 tokens: one prefill, then two tokens for each response."""
+    assert measured("single")["engine"]["forward_shapes"] == [(2, 5), (6, 1), (6, 1)]
+
+
+def test_the_policy_is_left_in_training(measured: Measured) -> None:
+    assert measured("single")["engine"]["training_mode_kept"]

@@ -1,0 +1,135 @@
+"""Temperature, top-k and top-p against float64 definitions; draws against the distribution they come from."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eapo_megatron.rollout.engine import SamplingParams, response_seed
+from eapo_megatron.rollout.sampling import draw, filtered_log_probs, response_uniforms
+
+ALMOST_ONE = math.nextafter(1.0, 0.0)
+
+
+def reference(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    """Probabilities of one row: the top_k most probable, then of these the fewest whose mass reaches top_p."""
+    weights = [math.exp((value - max(logits)) / temperature) for value in logits]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])
+    if top_k:
+        order = order[:top_k]
+    kept, mass, total = [], 0.0, math.fsum(weights[i] for i in order)
+    for i in order:
+        if top_p < 1 and mass / total >= top_p:
+            break
+        kept.append(i)
+        mass += weights[i]
+    return [weights[i] / mass if i in kept else 0.0 for i in range(len(weights))]
+
+
+@given(
+    rows=st.integers(1, 4),
+    vocab=st.integers(1, 40),
+    temperature=st.floats(0.2, 3.0),
+    top_k=st.integers(0, 45),
+    top_p=st.floats(0.05, 1.0),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_filtered_distribution(rows: int, vocab: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+    actual = filtered_log_probs(logits, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
+    assert actual.dtype == torch.float32
+    expected = [reference(row, temperature, top_k, top_p) for row in logits.double().tolist()]
+    torch.testing.assert_close(actual.double().exp(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_top_p_keeps_the_token_that_reaches_the_mass() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+
+    def kept(top_p: float) -> list[int]:
+        return filtered_log_probs(logits, SamplingParams(top_p=top_p)).isfinite()[0].nonzero().flatten().tolist()
+
+    assert kept(0.01) == [0]
+    assert kept(0.49) == [0]
+    assert kept(0.51) == [0, 1]
+    assert kept(0.79) == [0, 1]
+    assert kept(0.81) == [0, 1, 2]
+    assert kept(0.99) == [0, 1, 2, 3]
+
+
+def test_top_k_1_is_certain() -> None:
+    log_probs = filtered_log_probs(torch.tensor([[0.1, 2.0, -1.0]]), SamplingParams(top_k=1, temperature=0.3))
+    assert log_probs.tolist() == [[-math.inf, 0.0, -math.inf]]
+
+
+def test_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
+    probabilities = torch.tensor([0.125, 0.25, 0.5, 0.125])
+    uniforms = torch.tensor([0.0, 0.1249, 0.126, 0.374, 0.376, 0.874, 0.876, ALMOST_ONE], dtype=torch.float64)
+    tokens, log_probs = draw(probabilities.log().expand(len(uniforms), -1), uniforms)
+    assert tokens.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    torch.testing.assert_close(log_probs, probabilities.log()[tokens])
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1e-12, 0.5, 1 - 1e-12, ALMOST_ONE])
+@pytest.mark.parametrize(
+    "weights",
+    [[0, 0, 3, 0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0, 1e-7, 0], [1e-30, 1, 0], [0, 1, 1e-30, 0]],
+)
+def test_draw_never_takes_a_token_of_probability_zero(weights: list[float], uniform: float) -> None:
+    log_probs = torch.tensor([weights], dtype=torch.float32).log().log_softmax(-1)
+    tokens, drawn = draw(log_probs, torch.tensor([uniform], dtype=torch.float64))
+    assert weights[int(tokens)] > 0
+    assert drawn.isfinite().all()
+
+
+@given(seed=st.integers(0, 2**31), vocab=st.integers(2, 300), top_p=st.floats(0.05, 1.0))
+@settings(max_examples=40, deadline=None)
+def test_draw_stays_within_the_kept_tokens(seed: int, vocab: int, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, vocab, generator=generator) * 8
+    log_probs = filtered_log_probs(logits, SamplingParams(top_p=top_p))
+    uniforms = torch.tensor([0.0, ALMOST_ONE, *torch.rand(4, generator=generator).tolist()], dtype=torch.float64)
+    assert draw(log_probs, uniforms)[1].isfinite().all()
+
+
+def test_draw_frequencies() -> None:
+    probabilities = torch.tensor([0.4, 0.0, 0.3, 0.2, 0.1], dtype=torch.float64)
+    count = 40_000
+    uniforms = response_uniforms([7], count)[0]
+    tokens, _ = draw(probabilities.log().float().expand(count, -1), uniforms)
+    frequencies = torch.bincount(tokens, minlength=5) / count
+    deviations = (probabilities * (1 - probabilities) / count).sqrt()
+    assert ((frequencies - probabilities).abs() <= 4 * deviations).all()
+
+
+def test_a_row_is_drawn_alike_in_any_batch() -> None:
+    log_probs = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    uniforms = response_uniforms([1, 2, 3, 4, 5], 1)[:, 0]
+    tokens, _ = draw(log_probs, uniforms)
+    alone = [draw(log_probs[row : row + 1], uniforms[row : row + 1])[0].item() for row in range(5)]
+    assert tokens.tolist() == alone
+
+
+def test_uniforms_depend_on_their_own_seed_alone() -> None:
+    together = response_uniforms([3, 9], 6)
+    assert torch.equal(together[1], response_uniforms([9], 6)[0])
+    assert torch.equal(together[1, :4], response_uniforms([9], 4)[0])
+    assert not torch.equal(together[0], together[1])
+    assert ((together >= 0) & (together < 1)).all()
+
+
+def test_response_seeds_differ_in_every_part() -> None:
+    def seeds() -> Tensor:
+        draws = [
+            (run, stream, i, j) for run in (0, 1) for stream in ("train", "eval") for i in range(12) for j in range(12)
+        ]
+        return torch.tensor([response_seed(*parts) for parts in draws])
+
+    assert len(seeds().unique()) == 2 * 2 * 12 * 12
+    assert torch.equal(seeds(), seeds())
+    assert (seeds() >= 0).all()

@@ -1,0 +1,101 @@
+"""Recipes: inheritance, overrides, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from eapo_megatron.config import RecipeError, load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(
+        "model: {architecture: {model_type: qwen2}}\ndata: {task: arithmetic}\noptimizer: {lr: 1.0e-5, min_lr: 1.0e-6}\n"
+    )
+    path = tmp_path / "child.yaml"
+    path.write_text("defaults: base.yaml\noptimizer: {lr: 2.0e-5}\n")
+    return path
+
+
+def test_child_overrides_parent_key_by_key(recipe: Path) -> None:
+    settings = load_recipe(recipe)
+    assert settings.optimizer.lr == 2e-5
+    assert settings.optimizer.min_lr == 1e-6
+    assert settings.name == "child"
+
+
+def test_dotted_overrides_come_last(recipe: Path) -> None:
+    settings = load_recipe(recipe, ["optimizer.lr=3e-5", "algorithm.shaping.alpha=0.3", "rollout.stop_token_ids=[1,2]"])
+    assert settings.optimizer.lr == 3e-5
+    assert settings.algorithm.shaping.options == {"alpha": 0.3}
+    assert settings.rollout.stop_token_ids == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optimizer.lrr=1", "optimizer.lrr: unknown key (did you mean lr?)"),
+        ("optimizr.lr=1", "optimizr: unknown key (did you mean optimizer?)"),
+        ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, got -1"),
+        ("optimizer.lr=nan", "optimizer.lr"),
+        ("train.steps=many", "train.steps: input should be a valid integer"),
+        ("train.steps=1.5", "train.steps: input should be a valid integer"),
+        ("algorithm.loss.eps_low=0", "algorithm.loss.eps_low: input should be greater than 0"),
+        ("algorithm.loss.eps_high=-0.1", "algorithm.loss.eps_high: input should be greater than 0"),
+        ("rollout.num_generations_per_prompt=1", "rollout.num_generations_per_prompt is 1: the group estimator grpo"),
+        ("train.mini_batch_prompts=1000", "train.mini_batch_prompts 1000 exceeds train.num_prompts_per_step 64"),
+        ("model.path=x", "model: give either path (a Hugging Face folder) or architecture"),
+        ("data.train_path=x", "data: give either task (built in) or train_path"),
+        ("data.template=hello", "data: template must be"),
+        ("parallel.sequence_parallel=true", "parallel: sequence_parallel needs tensor_model_parallel_size > 1"),
+        ("optimizer.lr_decay_style=cosine", "optimizer: lr_decay_steps is needed"),
+        ("name=../evil", "name: string should match pattern"),
+        ("optimizer.lr", "override 'optimizer.lr' is not of the form key.path=value"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_naming_the_key(recipe: Path, override: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, [override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"absent\.yaml does not exist"):
+        load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(RecipeError, match=r"broken\.yaml: not valid YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(RecipeError, match="mapping"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "circle.yaml").write_text("defaults: circle.yaml\n")
+    with pytest.raises(RecipeError, match="circle"):
+        load_recipe(tmp_path / "circle.yaml")
+
+
+def test_what_defines_the_experiment(recipe: Path) -> None:
+    def experiment(*overrides: str) -> dict:
+        return load_recipe(recipe, list(overrides)).experiment()
+
+    free = [
+        "train.steps=7",
+        "train.micro_batch_size=2",
+        "parallel.tensor_model_parallel_size=2",
+        "logging.samples_per_step=1",
+        "checkpoint.every=3",
+        "evaluation.every=3",
+        "cluster.gpus_per_node=4",
+    ]
+    assert experiment(*free) == experiment()
+    for override in ("optimizer.lr=4e-5", "seed=2", "algorithm.shaping.name=none", "rollout.temperature=0.9"):
+        assert experiment(override) != experiment()
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*-*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(path: Path) -> None:
+    assert load_recipe(path).name == path.stem

@@ -1,0 +1,167 @@
+"""What can be wrong with a run is one sentence before any rank starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eapo_megatron.config import RecipeError, parse_recipe
+from eapo_megatron.training.preflight import prepare
+
+ARCHITECTURE = {
+    "model_type": "qwen2",
+    "vocab_size": 28,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+}
+
+
+def settings(tmp_path: Path, **sections: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "name": "run",
+        "model": {"architecture": ARCHITECTURE},
+        "data": {"task": "arithmetic", "template": "{prompt}", "max_prompt_tokens": 16},
+        "rollout": {"max_response_tokens": 48},
+        "logging": {"run_dir": str(tmp_path)},
+    }
+    for section, values in sections.items():
+        base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
+    return base
+
+
+def refusal(tmp_path: Path, world_size: int = 1, **sections: Any) -> str:
+    recipe = parse_recipe(settings(tmp_path, **sections), source="r.yaml")
+    with pytest.raises(RecipeError) as caught:
+        prepare(recipe, world_size, source="r.yaml")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_right_recipe_is_prepared(tmp_path: Path) -> None:
+    recipe = parse_recipe(settings(tmp_path, evaluation={"num_prompts": 10}), source="r.yaml")
+    ingredients = prepare(recipe, 1, source="r.yaml")
+    assert len(ingredients.train) == recipe.data.arithmetic.train_size
+    assert len(ingredients.held_out) == 10
+    assert not {p.text for p in ingredients.held_out} & {p.text for p in ingredients.train.prompts}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "sentence"),
+    [
+        (2, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, "= 4 does not divide the world of 2"),
+        (4, {"tensor_model_parallel_size": 2, "data_parallel_size": 1}, "= 2 is not the world of 4 ranks"),
+        (3, {"tensor_model_parallel_size": 3}, "3 does not divide the model's num_attention_heads 4"),
+        (8, {"pipeline_model_parallel_size": 8}, "leaves a stage empty"),
+        (3, {"pipeline_model_parallel_size": 3}, "does not divide evenly"),
+        (2, {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 4}, "leaves a stage empty"),
+        (
+            2,
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_in_first_pipeline_stage": 1,
+                "num_layers_in_last_pipeline_stage": 2,
+            },
+            "layers over",
+        ),
+        (
+            2,
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
+            "virtual_pipeline_model_parallel_size 4 does not divide the 2 layers",
+        ),
+        (1, {"num_layers_in_first_pipeline_stage": 1}, "need pipeline_model_parallel_size > 1"),
+    ],
+)
+def test_layouts_that_do_not_fit(tmp_path: Path, world_size: int, parallel: dict, sentence: str) -> None:
+    assert sentence in refusal(tmp_path, world_size, parallel=parallel)
+
+
+def test_key_value_heads_and_tensor_parallelism_divide_one_another(tmp_path: Path) -> None:
+    architecture = {**ARCHITECTURE, "num_attention_heads": 12, "hidden_size": 48, "num_key_value_heads": 6}
+    sentence = refusal(
+        tmp_path, 4, model={"architecture": architecture}, parallel={"tensor_model_parallel_size": 4}
+    )
+    assert "num_key_value_heads 6" in sentence
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sentence"),
+    [
+        ({"shaping": {"name": "eapo", "alpha": 0.0}}, "alpha"),
+        ({"shaping": {"name": "eapo", "alpha": 1.5}}, "alpha"),
+        ({"shaping": {"name": "eapo", "phi": 0.1}}, "phi"),
+        ({"shaping": {"name": "eapo", "beta": 1}}, "beta"),
+        ({"shaping": {"name": "magic"}}, "magic"),
+        ({"advantage_estimator": "magic"}, "algorithm.advantage_estimator must be one of"),
+        ({"loss": {"aggregation": "magic"}}, "algorithm.loss.aggregation must be one of"),
+        ({"loss": {"name": "magic"}}, "algorithm.loss"),
+    ],
+)
+def test_algorithms_are_checked_by_name_and_option(tmp_path: Path, algorithm: dict, sentence: str) -> None:
+    assert sentence in refusal(tmp_path, algorithm=algorithm)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model_type": "mystery"}, "model_type 'mystery' is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"vocab_size": 20}, "more than the model's vocab_size 20"),
+        ({"max_position_embeddings": 60}, "exceeds the model's max_position_embeddings 60"),
+    ],
+)
+def test_architectures_that_are_not_honoured(tmp_path: Path, change: dict, sentence: str) -> None:
+    assert sentence in refusal(tmp_path, model={"architecture": {**ARCHITECTURE, **change}})
+
+
+def test_missing_architecture_key_is_named(tmp_path: Path) -> None:
+    architecture = {key: value for key, value in ARCHITECTURE.items() if key != "hidden_size"}
+    assert "hidden_size is missing" in refusal(tmp_path, model={"architecture": architecture})
+
+
+def test_data_files(tmp_path: Path) -> None:
+    model = {"architecture": ARCHITECTURE, "tokenizer": None}
+
+    def data_refusal(path: Path) -> str:
+        data = {"task": None, "train_path": str(path), "template": "{prompt}"}
+        from eapo_megatron.data import arithmetic_tokenizer
+
+        arithmetic_tokenizer().save_pretrained(tmp_path / "tokenizer")
+        return refusal(tmp_path, model={**model, "tokenizer": str(tmp_path / "tokenizer")}, data=data)
+
+    assert "absent.jsonl" in data_refusal(tmp_path / "absent.jsonl")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"problem": "1+1=?", "answer": "2"}\n{"problem": \n')
+    sentence = data_refusal(broken)
+    assert "broken.jsonl" in sentence
+    assert "line 2" in sentence
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"problem": "1+" * 50 + "1=?", "answer": "51"}) + "\n")
+    assert "max_prompt_tokens" in data_refusal(long)
+
+
+def test_random_weights_on_a_file_need_a_tokenizer(tmp_path: Path) -> None:
+    sentence = refusal(tmp_path, data={"task": None, "train_path": "x.jsonl"})
+    assert "model.tokenizer is needed" in sentence
+
+
+def test_a_run_folder_of_another_experiment(tmp_path: Path) -> None:
+    recipe = parse_recipe(settings(tmp_path), source="r.yaml")
+    recipe.run_folder.mkdir()
+    (recipe.run_folder / "recipe.json").write_text(json.dumps(recipe.experiment()))
+    prepare(recipe, 1, source="r.yaml")
+    sentence = refusal(tmp_path, optimizer={"lr": 0.5})
+    assert "holds another experiment: optimizer.lr was 1e-06 there and is 0.5 here" in sentence
+
+
+def test_warm_start_needs_solutions_and_vllm_is_refused(tmp_path: Path) -> None:
+    assert "rollout.engine vllm" in refusal(tmp_path, rollout={"engine": "vllm"})
+    assert "logging.wandb_project needs the package wandb" in refusal(tmp_path, logging={"wandb_project": "p"})
