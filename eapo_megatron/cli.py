@@ -61,7 +61,7 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
 
     from eapo_megatron.models.runtime import start_runtime, stop_runtime  # megatron: seconds
     from eapo_megatron.training.loop import train as train_run
-    from eapo_megatron.training.run import open_run
+    from eapo_megatron.training.run import TrainingStoppedError, open_run
 
     runtime = start_runtime(
         settings.parallel,
@@ -69,8 +69,14 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
         device=settings.cluster.device,
         timeout_minutes=settings.cluster.timeout_minutes,
     )
-    with open_run(settings, ingredients, runtime) as run:
-        summary = train_run(run)
+    try:
+        with open_run(settings, ingredients, runtime) as run:
+            summary = train_run(run)
+    except TrainingStoppedError as error:  # on every rank alike
+        if runtime.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        stop_runtime()
+        raise typer.Exit(1) from error
     if runtime.is_main:
         print(json.dumps(summary["held_out"]))
     stop_runtime()

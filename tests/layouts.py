@@ -121,7 +121,7 @@ def old_policy_offsets(batch: Batch) -> torch.Tensor:
     return -ratios[chosen].log()
 
 
-# Prompts of different lengths; [] of seeds is never asked for.
+# Prompts of different lengths, one of a single token, with differing numbers of responses.
 ROLLOUT_PROMPTS = [[3, 4, 5, 6, 7, 30, 31], [7, 8], [9, 10, 11, 12], [36]]
 ROLLOUT_SEEDS = [[11, 12, 13], [21, 22], [31, 32, 33, 34], [41, 42]]
-RESPONSE_TOKENS = 14
+RESPONSE_TOKENS = 12

@@ -21,7 +21,7 @@ SAMPLED = SamplingParams(temperature=TEMPERATURE, max_response_tokens=RESPONSE_T
 
 
 def responses(policy: Policy) -> dict[str, Any]:
-    """Greedy and sampled responses, and the policy's own scores of the sampled ones."""
+    """Greedy and sampled responses, and the policy's own scores of those sampled without top-k and top-p."""
     engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=64)
 
     def generate(sampling: SamplingParams) -> list[list[Response]]:
@@ -31,11 +31,8 @@ def responses(policy: Policy) -> dict[str, Any]:
     return {
         "greedy": generate(GREEDY),
         "sampled": sampled,
-        "nucleus": generate(replace(SAMPLED, top_p=0.7)),
-        "top_k": generate(replace(SAMPLED, top_k=5, temperature=1.5)),
+        "filtered": generate(replace(SAMPLED, temperature=1.5, top_k=12, top_p=0.8)),
         "scored": score(policy, ROLLOUT_PROMPTS, sampled, TEMPERATURE),
-        "scored_at_1": score(policy, ROLLOUT_PROMPTS, unit := generate(replace(SAMPLED, temperature=1.0)), 1.0),
-        "sampled_at_1": unit,
         "ranks_agree": len(set(map(repr, policy.runtime.gather_objects(sampled)))) == 1,
     }
 
@@ -69,7 +66,9 @@ def engine(policy: Policy) -> dict[str, Any]:
     generate([[3, 4, 5, 6, 7], [8, 9]], [[1, 2, 3, 4], [5, 6]], replace(endless, max_response_tokens=3))
     hook.remove()
     training = policy.chunks[0].training
+    at_1 = generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, replace(SAMPLED, temperature=1.0))
     return {
+        "scored_at_1": score(policy, ROLLOUT_PROMPTS, at_1, 1.0),
         "together": generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS),
         "one_prompt_at_a_time": [
             generate([prompt], [seeds])[0] for prompt, seeds in zip(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -149,6 +151,9 @@ def _load_model(policy: Policy, loaded: dict[str, Any]) -> None:
 
 
 def _save_tensors(folder: Path, state: dict[str, Any]) -> None:
+    # Results of a synchronous save stay in this process. Megatron would start a manager process for them: seconds, and
+    # a rank that is killed leaves it behind.
+    filesystem_async._results_queue = queue.SimpleQueue()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=METADATA)
 

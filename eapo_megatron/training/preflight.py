@@ -245,4 +245,3 @@ def _check_sizes(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTra
             raise RecipeError(f"rollout.stop_token_ids: {token} is not a token of the model")
     if recipe.rollout.engine != "megatron":
         raise RecipeError(f"rollout.engine {recipe.rollout.engine} is not available: use megatron")
-

@@ -84,9 +84,7 @@ def test_layouts_that_do_not_fit(tmp_path: Path, world_size: int, parallel: dict
 
 def test_key_value_heads_and_tensor_parallelism_divide_one_another(tmp_path: Path) -> None:
     architecture = {**ARCHITECTURE, "num_attention_heads": 12, "hidden_size": 48, "num_key_value_heads": 6}
-    sentence = refusal(
-        tmp_path, 4, model={"architecture": architecture}, parallel={"tensor_model_parallel_size": 4}
-    )
+    sentence = refusal(tmp_path, 4, model={"architecture": architecture}, parallel={"tensor_model_parallel_size": 4})
     assert "num_key_value_heads 6" in sentence
 
 

@@ -1,0 +1,79 @@
+"""Drives `eapo-megatron train` as a user does, and stops it as the world does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def command(recipe: Path, overrides: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "eapo_megatron.cli", "train", str(recipe), *overrides]
+
+
+def train(recipe: Path, *overrides: str, expect: int = 0, timeout: float = 300) -> str:
+    """Runs to the end -> stderr."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        command(recipe, overrides), env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == expect, done.stderr[-4000:]
+    return done.stderr
+
+
+def train_until(recipe: Path, *overrides: str, checkpoint: Path, stop: str, timeout: float = 300) -> int:
+    """Runs until `checkpoint` is there, then "kill"s the launcher or "hang"s its last rank -> the exit code.
+
+    All its processes are gone afterwards.
+    """
+    process = subprocess.Popen(command(recipe, overrides), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + timeout
+        while not checkpoint.is_dir():
+            assert process.poll() is None, "the run ended before its checkpoint"
+            assert time.monotonic() < deadline, "the run took too long"
+            time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True)
+        ranks = [child for child in family if "eapo_megatron.cli" in child.cmdline()]
+        if stop == "kill":
+            process.kill()
+        else:
+            os.kill(ranks[-1].pid, signal.SIGSTOP)
+        code = process.wait(timeout)
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive
+        return code
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def metrics(run_folder: Path, first_step: int = 0) -> list[dict[str, Any]]:
+    """metrics.jsonl from `first_step` on, without what a clock or the machine decides."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    measured = ("seconds/", "tokens_per_second", "memory/")
+    return [
+        {name: value for name, value in line.items() if not name.startswith(measured)}
+        for line in lines
+        if line["step"] >= first_step
+    ]
+
+
+def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Every tensor of a torch_dist checkpoint by its name."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(checkpoint, scratch)
+    loaded = torch.load(scratch, weights_only=False)
+    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,62 @@
+"""The command line: exit codes, and one line for each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eapo_megatron.config import RecipeError
+from eapo_megatron.launcher import rank_environment
+
+FIRST_RECIPE = Path(__file__).parents[1] / "recipes" / "eapo-qwen2-tiny-arithmetic-1n2g-tp2.yaml"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "eapo_megatron.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_dry_run_prints_the_resolved_recipe() -> None:
+    done = run("train", str(FIRST_RECIPE), "--dry-run", "optimizer.lr=2e-5")
+    assert done.returncode == 0
+    resolved = yaml.safe_load(done.stdout)
+    assert resolved["optimizer"]["lr"] == 2e-5
+    assert resolved["rollout"]["temperature"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["optimizer.lrr=1"], "optimizer.lrr: unknown key"),
+        (["parallel.pipeline_model_parallel_size=2"], "does not divide the world of 2 ranks"),
+        (["algorithm.shaping.alpha=2"], "alpha"),
+        (["cluster.num_nodes=2"], "needs srun or torchrun"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    done = run("train", str(FIRST_RECIPE), f"logging.run_dir={tmp_path}", *overrides)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert sentence in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_are_found_in_the_environment() -> None:
+    assert rank_environment({}) is None
+    assert rank_environment({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
+    assert rank_environment({"RANK": "1", "WORLD_SIZE": "2"}) == {}
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    with pytest.raises(RecipeError, match="MASTER_ADDR"):
+        rank_environment(slurm)
+    assert rank_environment({**slurm, "MASTER_ADDR": "node1"}) == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_PORT": "29500",
+    }

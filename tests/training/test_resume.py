@@ -1,0 +1,129 @@
+"""Runs that are interrupted go on as if they had not been; a run that cannot go on stops with its checkpoint intact."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from command_line import metrics, tensors, train, train_until
+
+ARITHMETIC = """
+seed: 3
+cluster: {gpus_per_node: 2, device: cpu, timeout_minutes: 0.15}
+model:
+  dtype: float32
+  architecture: {model_type: qwen2, vocab_size: 29, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2,
+    num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 64, tie_word_embeddings: true}
+parallel: {tensor_model_parallel_size: 2}
+data: {task: arithmetic, template: "{prompt}", max_prompt_tokens: 16, arithmetic: {train_size: 64, held_out_size: 8}}
+rollout: {num_generations_per_prompt: 4, max_response_tokens: 12}
+reward: {function: "lengths:even_length", num_workers: 1}
+optimizer: {lr: 1.0e-3, lr_warmup_steps: 3, lr_decay_style: cosine, lr_decay_steps: 20}
+train: {steps: 6, num_prompts_per_step: 8, mini_batch_prompts: 4, micro_batch_size: 8}
+warm_start: {steps: 3, batch_size: 8, lr: 1.0e-3}
+evaluation: {every: 3}
+checkpoint: {every: 1, keep_last: 3}
+algorithm: {dynamic_sampling_rounds: 2}
+"""
+
+GSM8K_LIKE = [
+    {"question": f"Tom has {a} apples and buys {b} more. How many apples has he?", "answer": f"{a}+{b}\n#### {a + b}"}
+    for a in range(2, 12)
+    for b in range(3, 9)
+]
+
+
+@pytest.fixture
+def arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe whose reward the tiny policy meets half of the time, so that every step has a gradient."""
+    (tmp_path / "lengths.py").write_text(
+        "def even_length(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = tmp_path / "arithmetic.yaml"
+    recipe.write_text(ARITHMETIC + f"logging: {{run_dir: {tmp_path / 'runs'}}}\n")
+    return recipe
+
+
+def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arithmetic: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    train(arithmetic, "name=whole")
+    whole = metrics(runs / "whole")
+    assert [line["step"] for line in whole] == [0, 1, 2, 3, 4, 5, 6]
+    assert all(line["grad_norm"] > 0 for line in whole[1:])
+
+    code = train_until(arithmetic, "name=hung", checkpoint=runs / "hung" / "checkpoints" / "step_000002", stop="hang")
+    assert code != 0
+    train(arithmetic, "name=hung", "train.steps=5")
+    resumed = metrics(runs / "hung")
+    # A run cut to 5 steps evaluates at its end: the longer one does not at that step.
+    assert [{**line, "held_out/solve_rate": None} for line in resumed] == [
+        {**line, "held_out/solve_rate": None} for line in whole[:6]
+    ]
+    ours = tensors(runs / "hung" / "checkpoints" / "step_000005", tmp_path / "hung.pt")
+    theirs = tensors(runs / "whole" / "checkpoints" / "step_000005", tmp_path / "whole.pt")
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 20  # weights and both moments
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+    train(arithmetic, "name=hung", "parallel.tensor_model_parallel_size=1", "train.micro_batch_size=3")
+    at_other_layout = metrics(runs / "hung", first_step=6)[0]
+    for name, value in whole[6].items():
+        assert at_other_layout[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    summary = json.loads((runs / "hung" / "summary.json").read_text())
+    assert summary["step"] == 6
+    assert summary["held_out"]["solve_rate_start"] == whole[0]["held_out/solve_rate"]
+    assert summary["held_out"]["solve_rate_end"] == at_other_layout["held_out/solve_rate"]
+    kept = sorted(path.name for path in (runs / "hung" / "checkpoints").iterdir())
+    assert kept[-3:] == ["step_000004", "step_000005", "step_000006"]
+
+
+def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "helpers"))
+    from tiny_qwen2 import make_checkpoint
+
+    prompts = tmp_path / "train.jsonl"
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in GSM8K_LIKE))
+    make_checkpoint(prompts, tmp_path / "tiny_qwen2", vocab_size=401)
+    recipe = Path(__file__).parents[2] / "recipes" / "eapo-qwen2-tiny-gsm8k-1n4g-tp2pp2.yaml"
+    runs = tmp_path / "runs"
+    overrides = [
+        f"data.train_path={prompts}",
+        f"model.path={tmp_path / 'tiny_qwen2'}",
+        f"logging.run_dir={runs}",
+        "reward.function=lengths:even_length",
+        "rollout.max_response_tokens=8",
+        "train.steps=5",
+    ]
+    (tmp_path / "lengths.py").write_text(
+        "def even_length(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
+    )
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        train(recipe, "name=whole", *overrides)
+        train_until(
+            recipe, "name=killed", *overrides, checkpoint=runs / "killed" / "checkpoints" / "step_000002", stop="kill"
+        )
+        said = train(recipe, "name=killed", *overrides)
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert "resumed from step" in said
+    assert metrics(runs / "killed") == metrics(runs / "whole")
+    assert all(line["grad_norm"] > 0 for line in metrics(runs / "whole", first_step=1))
+    ours = tensors(runs / "killed" / "checkpoints" / "step_000005", tmp_path / "killed.pt")
+    theirs = tensors(runs / "whole" / "checkpoints" / "step_000005", tmp_path / "whole.pt")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_a_diverging_run_stops_with_its_checkpoint_intact(arithmetic: Path, tmp_path: Path) -> None:
+    one_rank = ["cluster.gpus_per_node=1", "parallel.tensor_model_parallel_size=1", "name=diverges"]
+    said = train(arithmetic, *one_rank, "optimizer.lr=1e37", "optimizer.lr_warmup_steps=0", "train.steps=20", expect=1)
+    assert "3 updates in a row had NaN or Inf" in said
+    checkpoints = tmp_path / "runs" / "diverges" / "checkpoints"
+    assert not list(checkpoints.glob(".step_*"))
