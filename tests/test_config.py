@@ -14,7 +14,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "base.yaml").write_text(
-        "model: {architecture: {model_type: qwen2}}\ndata: {task: arithmetic}\noptimizer: {lr: 1.0e-5, min_lr: 1.0e-6}\n"
+        "model: {architecture: {model_type: qwen2}}\ndata: {task: arithmetic}\n"
+        "optimizer: {lr: 1.0e-5, min_lr: 1.0e-6}\n"
     )
     path = tmp_path / "child.yaml"
     path.write_text("defaults: base.yaml\noptimizer: {lr: 2.0e-5}\n")

@@ -33,10 +33,10 @@ def train(run: Run) -> dict[str, Any]:
         last = run.progress.step == steps
         if last or _due(run, run.recipe.evaluation.every):
             metrics |= evaluate(run)
-        if last or _due(run, run.recipe.checkpoint.every):
-            with run.timer("checkpoint"):
-                run.save()
         log(run, metrics)
+        if last or _due(run, run.recipe.checkpoint.every):
+            with run.timer("checkpoint"):  # in the next step's seconds: a checkpoint counts on its step's record
+                run.save()
     summary = run.summary()
     if run.records is not None:
         run.records.summarize(summary)
