@@ -95,7 +95,7 @@ def measure_training(policy: Policy, layout: Layout) -> dict[str, Any]:
     updates = []
     for rows, aggregation in MINI_BATCHES:
         weights = weights_of(rows, aggregation)
-        if updates:  # the optimizer has moments by now
+        if len(updates) == 2:  # the optimizer has moments, and every rank has rows
             refused = partial(refused_update, worker, optimizer, batch, rows, weights, inputs)
             results["refused"] = {fault: unchanged(policy, optimizer, partial(refused, fault)) for fault in FAULTS}
         updates.append(worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs))

@@ -22,7 +22,10 @@ The same code serves CPU and GPU tensors; the GPU path is not run here.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +38,7 @@ _LOG2_OF_ZERO = -1100.0
 # Elements of one chunk: on CPU a chunk and its scratch stay in the last-level cache; on GPU one chunk fills the device.
 _CHUNK_ELEMENTS_CPU = 1 << 19
 _CHUNK_ELEMENTS_GPU = 1 << 24
+_HUGE_PAGE_BYTES = 1 << 21
 # Scratch is two chunks: at least this many chunks keep it a small fraction of the logits whatever the vocabulary.
 _MIN_CHUNKS = 64
 
@@ -125,6 +129,20 @@ def _chunks(chunk_size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
             yield from _chunks(chunk_size, *parts)
 
 
+def _empty_like(tensor: Tensor) -> Tensor:
+    """torch.empty_like; a large CPU buffer asks Linux for huge pages.
+
+    Mapped 4 KiB at a time, the first touch of a vocabulary-sized buffer takes as long as the arithmetic on it.
+    """
+    buffer = torch.empty_like(tensor)
+    size = buffer.numel() * buffer.element_size()
+    if sys.platform == "linux" and buffer.device.type == "cpu" and size >= _HUGE_PAGE_BYTES:
+        start = -(-buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (buffer.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return buffer
+
+
 def _merge(stats: Tensor, owner: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(shift, log2 S, log p of the target, H), each [N] float64, from the four numbers of every rank, [TP, 4, N]."""
     shifts, sums, weighted_sums, target_logits = stats.double().unbind(1)
@@ -205,7 +223,7 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         bias = (bias * (-log_sum).exp2()).view(-1, 1)
         local = targets.reshape(-1, 1).long() - ctx.first_column
         at_target = at_target.reshape(-1, 1).masked_fill((local < 0) | (local >= columns), 0)
-        gradient = torch.empty_like(logits)
+        gradient = _empty_like(logits)
         if columns < logits.shape[-1]:
             gradient[..., columns:] = 0
         if columns == 0:
