@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from command_line import metrics, tensors, train, train_until
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 ARITHMETIC = """
 seed: 3
@@ -38,13 +37,17 @@ GSM8K_LIKE = [
 ]
 
 
-@pytest.fixture
-def arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe whose reward the tiny policy meets half of the time, so that every step has a gradient."""
+@pytest.fixture(autouse=True)
+def easy_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lengths:even_length`, which a random policy meets half of the time, so that every step has a gradient."""
     (tmp_path / "lengths.py").write_text(
         "def even_length(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.fixture
+def arithmetic(tmp_path: Path) -> Path:
     recipe = tmp_path / "arithmetic.yaml"
     recipe.write_text(ARITHMETIC + f"logging: {{run_dir: {tmp_path / 'runs'}}}\n")
     return recipe
@@ -84,13 +87,11 @@ def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arith
 
 
 def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "helpers"))
-    from tiny_qwen2 import make_checkpoint
-
     prompts = tmp_path / "train.jsonl"
     prompts.write_text("".join(json.dumps(record) + "\n" for record in GSM8K_LIKE))
+    make_checkpoint = runpy.run_path(str(RECIPES / "helpers" / "tiny_qwen2.py"))["make_checkpoint"]
     make_checkpoint(prompts, tmp_path / "tiny_qwen2", vocab_size=401)
-    recipe = Path(__file__).parents[2] / "recipes" / "eapo-qwen2-tiny-gsm8k-1n4g-tp2pp2.yaml"
+    recipe = RECIPES / "eapo-qwen2-tiny-gsm8k-1n4g-tp2pp2.yaml"
     runs = tmp_path / "runs"
     overrides = [
         f"data.train_path={prompts}",
@@ -100,18 +101,10 @@ def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
         "rollout.max_response_tokens=8",
         "train.steps=5",
     ]
-    (tmp_path / "lengths.py").write_text(
-        "def even_length(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
-    )
-    os.environ["PYTHONPATH"] = str(tmp_path)
-    try:
-        train(recipe, "name=whole", *overrides)
-        train_until(
-            recipe, "name=killed", *overrides, checkpoint=runs / "killed" / "checkpoints" / "step_000002", stop="kill"
-        )
-        said = train(recipe, "name=killed", *overrides)
-    finally:
-        del os.environ["PYTHONPATH"]
+    train(recipe, "name=whole", *overrides)
+    checkpoint = runs / "killed" / "checkpoints" / "step_000002"
+    train_until(recipe, "name=killed", *overrides, checkpoint=checkpoint, stop="kill")
+    said = train(recipe, "name=killed", *overrides)
     assert "resumed from step" in said
     assert metrics(runs / "killed") == metrics(runs / "whole")
     assert all(line["grad_norm"] > 0 for line in metrics(runs / "whole", first_step=1))
