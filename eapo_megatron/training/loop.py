@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from eapo_megatron.algorithms import ShapingInputs, group_advantages, loss_weights, shape_advantages
-from eapo_megatron.data import prompt_indices
 from eapo_megatron.evaluation.held_out import held_out_solve_rate
-from eapo_megatron.rollout.engine import response_seed
 from eapo_megatron.training.batching import Batch, make_batch
-from eapo_megatron.training.metrics import batch_metrics, describe_samples, mean_of_updates
+from eapo_megatron.training.collect import collect
+from eapo_megatron.training.metrics import batch_metrics, mean_of_updates
 from eapo_megatron.training.policy_worker import Update
 from eapo_megatron.training.run import Run, TrainingStoppedError
-from eapo_megatron.training.sampler import Group, Samples
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -92,36 +90,6 @@ def train_step(run: Run) -> dict[str, float]:
         run.sampler.engine.sync_weights()
     run.progress.response_tokens += int(batch.mask.sum())
     return metrics | batch_metrics(batch, old, advantages) | mean_of_updates(updates)
-
-
-def collect(run: Run) -> tuple[list[Group], dict[str, float]]:
-    """The step's groups. With several rounds (DAPO's dynamic sampling) groups without signal are drawn anew."""
-    recipe, wanted = run.recipe, run.recipe.train.num_prompts_per_step
-    rollout, rounds = recipe.rollout, recipe.algorithm.dynamic_sampling_rounds
-    sampling = run.sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
-    kept: list[Group] = []
-    drawn: list[Samples] = []
-    while len(drawn) < rounds and len(kept) < wanted:
-        positions = range(run.progress.position, run.progress.position + wanted)
-        order = prompt_indices(recipe.seed, positions.start, wanted, len(run.ingredients.train))
-        seeds = [
-            [response_seed(recipe.seed, "train", at, i) for i in range(rollout.num_generations_per_prompt)]
-            for at in positions
-        ]
-        samples = run.sampler.sample([run.ingredients.train[index] for index in order], seeds, sampling)
-        run.progress.position += wanted
-        drawn.append(samples)
-        kept += [group for group in samples.groups if rounds == 1 or group.has_signal]
-    if run.records is not None:
-        shown = describe_samples(drawn[0].groups, run.sampler, recipe.logging.samples_per_step)
-        run.records.log_samples(run.progress.step, shown)
-    everything = Samples([g for s in drawn for g in s.groups], sum(s.reward_failures for s in drawn))
-    return kept[:wanted], {
-        "rollout/solve_rate": everything.solve_rate,
-        "rollout/rounds": len(drawn),
-        "rollout/groups_without_signal": sum(not group.has_signal for group in everything.groups),
-        "rollout/reward_failures": everything.reward_failures,
-    }
 
 
 def mini_batches(batch: Batch, prompts: int) -> Iterator[list[int]]:

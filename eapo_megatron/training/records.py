@@ -6,6 +6,7 @@ Only rank 0 writes. A resumed run first drops the lines after its checkpoint, so
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +94,8 @@ class Records:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One step's metrics to every record."""
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
         self._metrics.flush()
         for tracker in self._trackers:
             tracker.log(metrics, step)
