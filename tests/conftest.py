@@ -47,6 +47,7 @@ def launch_of_4(model_folders: Path, tmp_path_factory: pytest.TempPathFactory) -
 def measured(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Any]]:
     """What came out of a layout, by its name; its launch runs when first asked for."""
     import torch
+
     from layouts import LAYOUTS
 
     def results_of(name: str) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from layouts import DECAY_STEPS, MINI_BATCHES, MODELS, OPTIMIZERS, TEMPERATURE, old_policy_offsets, training_batch
 from torch import Tensor
+
+from layouts import DECAY_STEPS, MINI_BATCHES, MODELS, OPTIMIZERS, TEMPERATURE, old_policy_offsets, training_batch
 
 ALPHA, PHI, EPS_LOW, EPS_HIGH = 0.2, 2.0, 0.2, 0.28
 

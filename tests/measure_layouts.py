@@ -12,24 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import measure_rollouts
 import torch
 import torch.distributed as dist
-from layouts import (
-    DECAY_STEPS,
-    LAYOUTS,
-    MINI_BATCHES,
-    MODELS,
-    OPTIMIZERS,
-    TEMPERATURE,
-    Layout,
-    old_policy_offsets,
-    training_batch,
-)
 from megatron.core import parallel_state
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from torch import Tensor
 
+import measure_rollouts
 from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Model, Optimizer, Parallel
 from eapo_megatron.models.conversion import load_weights
@@ -41,6 +30,17 @@ from eapo_megatron.training.batching import Batch
 from eapo_megatron.training.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.training.policy_worker import PolicyWorker
 from launch import free_port
+from layouts import (
+    DECAY_STEPS,
+    LAYOUTS,
+    MINI_BATCHES,
+    MODELS,
+    OPTIMIZERS,
+    TEMPERATURE,
+    Layout,
+    old_policy_offsets,
+    training_batch,
+)
 
 FAULTS = ("NaN loss", "Inf gradient")
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from layouts import RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, TEMPERATURE
 from torch import Tensor
 
 from eapo_megatron.models.policy_model import Policy
@@ -15,6 +14,7 @@ from eapo_megatron.rollout.engine import Response, SamplingParams
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
 from eapo_megatron.training.batching import make_batch
 from eapo_megatron.training.policy_worker import PolicyWorker
+from layouts import RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, TEMPERATURE
 
 GREEDY = SamplingParams(top_k=1, max_response_tokens=RESPONSE_TOKENS)
 SAMPLED = SamplingParams(temperature=TEMPERATURE, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=STOP_TOKENS)

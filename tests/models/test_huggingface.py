@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from hf_reference import tiny_model
-from layouts import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eapo_megatron.config import Model, RecipeError
 from eapo_megatron.models.huggingface import HuggingFaceWeights, RandomWeights, hf_config_of, weight_source
+from hf_reference import tiny_model
+from layouts import MODELS
 
 ARCHITECTURE = {**MODELS["tied"], "model_type": "qwen2"}
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf_reference import reference_of
-from layouts import FLOAT32, LAYOUTS, MODELS
 
 from eapo_megatron.models.huggingface import RandomWeights
+from hf_reference import reference_of
+from layouts import FLOAT32, LAYOUTS, MODELS
 
 Measured = Callable[[str], dict[str, Any]]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf_reference import tiny_model
-from layouts import LAYOUTS, RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS
 
 from eapo_megatron.rollout.engine import Response
+from hf_reference import tiny_model
+from layouts import LAYOUTS, RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS
 
 Measured = Callable[[str], dict[str, Any]]
 ROLLOUTS = [name for name, layout in LAYOUTS.items() if layout.rollouts]

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import Tensor
+
 from hf_reference import reference_of
 from layouts import DECAY_STEPS, FLOAT32, LAYOUTS, MINI_BATCHES, OPTIMIZERS
-from torch import Tensor
 
 Measured = Callable[[str], dict[str, Any]]
 SHARDED = [name for name in LAYOUTS if name.endswith(", distributed optimizer")]

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+
 from command_line import metrics, tensors, train, train_until
 
 RECIPES = Path(__file__).parents[2] / "recipes"
