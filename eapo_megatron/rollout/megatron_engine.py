@@ -67,8 +67,8 @@ class MegatronEngine:
 
         copies = torch.tensor([len(generations) for generations in seeds], device=device)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
-        logits = _select_rows(context, rows, logits)
-        padding = padding[rows]
+        _select_rows(context, rows)
+        logits, padding = logits[rows], padding[rows]
         flat_seeds = [seed for generations in seeds for seed in generations]
         uniforms = response_uniforms(flat_seeds, length).to(device)
         count = len(flat_seeds)
@@ -91,7 +91,7 @@ class MegatronEngine:
                 break
             if alive <= running.numel() // 2:
                 kept = running.nonzero().squeeze(-1)
-                _select_rows(context, kept, None)
+                _select_rows(context, kept)
                 active, padding, drawn = active[kept], padding[kept], drawn[kept]
                 running = torch.ones_like(kept, dtype=torch.bool)
             context.sequence_len_offset = width + step
@@ -149,12 +149,11 @@ def _prefill_mask(padding: Tensor, width: int) -> Tensor:
     return ((future | padded) & ~diagonal).unsqueeze(1)
 
 
-def _select_rows(context: StaticInferenceContext, rows: Tensor, logits: Tensor | None) -> Tensor:
-    """Makes `rows` (repeats allowed) the cache's batch, and of `logits` where given."""
+def _select_rows(context: StaticInferenceContext, rows: Tensor) -> None:
+    """Makes `rows` (repeats allowed) the cache's batch."""
     for layer, (keys, values) in context.key_value_memory_dict.items():
         context.key_value_memory_dict[layer] = (keys.index_select(1, rows), values.index_select(1, rows))
     context.max_batch_size = rows.numel()
-    return rows if logits is None else logits[rows]
 
 
 def _unflatten(

@@ -114,8 +114,7 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime) -> Iter
     with ExitStack() as stack:
         records = None
         if runtime.is_main:
-            resumed_at = checkpoints.state(steps[-1])["progress"]["step"] if steps else 0
-            records = stack.enter_context(Records(recipe, first_step=resumed_at + 1 if steps else 0))
+            records = stack.enter_context(Records(recipe, first_step=steps[-1] + 1 if steps else 0))
         if not steps and recipe.warm_start.steps:
             warm_start(recipe, ingredients, worker, records)
         # After the weights: a bf16 policy's optimizer copies them in float32 when it is built.
