@@ -4,6 +4,7 @@
 
 Both start from the same warm-started weights of each seed and see the same prompts in the same order. Prints held-out
 solve rates (mean and standard deviation over seeds) and what the shaping costs of a step, and writes both as JSON.
+Seeds of an earlier call with the same recipe and overrides stay in the JSON and in the table.
 """
 
 from __future__ import annotations
@@ -41,10 +42,17 @@ def read_run(folder: Path) -> dict[str, Any]:
     steps = [line for line in lines if "updates" in line]
     phases = ("rollout", "old_policy", "advantages", "update")
     return {
-        "held_out": {line["step"]: line["held_out/solve_rate"] for line in lines if "held_out/solve_rate" in line},
+        "date": datetime.date.today().isoformat(),
+        "held_out": {str(line["step"]): line["held_out/solve_rate"] for line in lines if "held_out/solve_rate" in line},
         "train": [line["rollout/solve_rate"] for line in steps],
         "seconds": {phase: statistics.mean(line[f"seconds/{phase}"] for line in steps) for phase in phases},
     }
+
+
+def earlier_runs(output: Path, setting: dict[str, Any], method: str) -> dict[str, Any]:
+    """The runs of one method by seed in a results file of the same setting."""
+    record = json.loads(output.read_text()) if output.is_file() else {}
+    return record["runs"][method] if all(record.get(key) == value for key, value in setting.items()) else {}
 
 
 def main() -> None:
@@ -54,20 +62,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/eapo_vs_grpo.json"))
     parser.add_argument("overrides", nargs="*", help="key.path=value for every run")
     arguments = parser.parse_args()
-    results: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    for seed in arguments.seeds:
-        for method in METHODS:
-            results[method].append(read_run(train(method, seed, arguments.runs, arguments.overrides)))
-    record = {
-        "date": datetime.date.today().isoformat(),
+    setting = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "recipe": RECIPE.name,
-        "seeds": arguments.seeds,
         "overrides": arguments.overrides,
-        "runs": results,
     }
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    by_seed = {method: earlier_runs(arguments.output, setting, method) for method in METHODS}
+    for seed in arguments.seeds:
+        for method in METHODS:
+            by_seed[method][str(seed)] = read_run(train(method, seed, arguments.runs, arguments.overrides))
+    arguments.output.write_text(json.dumps(setting | {"runs": by_seed}, indent=1) + "\n")
     console = Console()
+    results = {method: list(runs.values()) for method, runs in by_seed.items()}
     console.print(curve_table(results))
     for method, runs in results.items():
         seconds = {p: statistics.mean(run["seconds"][p] for run in runs) for p in runs[0]["seconds"]}
