@@ -45,6 +45,7 @@ class Layout:
     dtype: str = "float32"
     recompute: str = "none"
     rollouts: bool = False
+    resumes: bool = False
 
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -62,8 +63,8 @@ LAYOUTS: dict[str, Layout] = {
     "single, untied": Layout(1, model="untied"),
     "single, one kv head": Layout(1, model="one kv head"),
     "single, bfloat16": Layout(1, dtype="bfloat16"),
-    "single, Adam": Layout(1, optimizer="adam"),
-    "single, Adam, distributed optimizer": Layout(1, SHARDED, optimizer="adam"),
+    "single, Adam": Layout(1, optimizer="adam", resumes=True),
+    "single, Adam, distributed optimizer": Layout(1, SHARDED, optimizer="adam", resumes=True),
     "TP2": Layout(2, TP2, rollouts=True),
     "TP2, one kv head": Layout(2, TP2, model="one kv head", rollouts=True),
     "TP2, untied": Layout(2, TP2, model="untied", micro_batch_size=1),
@@ -79,7 +80,10 @@ LAYOUTS: dict[str, Layout] = {
     "DP2": Layout(2),
     "DP2, micro-batch 1": Layout(2, micro_batch_size=1),
     "DP2, Adam": Layout(2, optimizer="adam"),
-    "DP2, Adam, distributed optimizer": Layout(2, SHARDED, optimizer="adam"),
+    "DP2, Adam, distributed optimizer": Layout(2, SHARDED, optimizer="adam", resumes=True),
+    "DP2, Adam, distributed optimizer, bfloat16": Layout(2, SHARDED, optimizer="adam", dtype="bfloat16", resumes=True),
+    "TP2, Adam": Layout(2, TP2, optimizer="adam", resumes=True),
+    "TP2, Adam, distributed optimizer": Layout(2, TP2 | SHARDED, optimizer="adam", resumes=True),
     "TP2 PP2": Layout(4, TP2 | PP2, micro_batch_size=1, rollouts=True),
     "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, rollouts=True),
     "DP2 PP2 VPP2": Layout(4, PP2 | VPP2),

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from torch import Tensor
 
+import measure_checkpoints
 import measure_rollouts
 from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Model, Optimizer, Parallel
@@ -52,7 +53,7 @@ def measure(layout: Layout, models: Path) -> dict[str, Any]:
     model = Model(path=str(source.folder), dtype=layout.dtype, recompute=layout.recompute)
     policy = build_policy(source.hf_config, model, parallel, runtime)
     load_weights(policy, source)
-    results = measure_training(policy, layout)
+    results = measure_training(policy, layout, model)
     if layout.rollouts:
         load_weights(policy, source)
         results["rollouts"] = measure_rollouts.responses(policy)
@@ -66,7 +67,7 @@ def measure(layout: Layout, models: Path) -> dict[str, Any]:
     return results
 
 
-def measure_training(policy: Policy, layout: Layout) -> dict[str, Any]:
+def measure_training(policy: Policy, layout: Layout, model: Model) -> dict[str, Any]:
     """Scores and gradients of the loaded weights, then optimizer steps with refused ones between them."""
     batch = training_batch()
     worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
@@ -89,9 +90,8 @@ def measure_training(policy: Policy, layout: Layout) -> dict[str, Any]:
     results["gradients"] = complete_gradients(policy)
     results["padding_gradient"] = padding_gradient(policy)
 
-    optimizer = build_optimizer(
-        policy, Optimizer(lr_decay_style="linear", lr_decay_steps=DECAY_STEPS, **OPTIMIZERS[layout.optimizer])
-    )
+    settings = Optimizer(lr_decay_style="linear", lr_decay_steps=DECAY_STEPS, **OPTIMIZERS[layout.optimizer])
+    optimizer = build_optimizer(policy, settings)
     updates = []
     for rows, aggregation in MINI_BATCHES:
         weights = weights_of(rows, aggregation)
@@ -103,6 +103,16 @@ def measure_training(policy: Policy, layout: Layout) -> dict[str, Any]:
     results["norms"] = [update.metrics["grad_norm"] for update in updates]
     results["lrs"] = [update.metrics["lr"] for update in updates]
     results["weights"] = whole_tensors(policy, lambda parameter: parameter.data)
+    if layout.resumes:
+
+        def step(policy: Policy, optimizer: PolicyOptimizer) -> None:
+            worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
+            weights = weights_of(everything)
+            assert worker.update(batch, everything, optimizer, LossSettings(), weights=weights, **inputs).applied
+
+        results["resumed"] = measure_checkpoints.resumed_exactly(
+            policy, optimizer, settings, model, Parallel(**layout.parallel), step
+        )
     return results
 
 

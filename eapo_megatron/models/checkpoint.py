@@ -30,7 +30,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from eapo_megatron.models.policy_model import Policy
 from eapo_megatron.models.runtime import cuda_tensor_types, rng_state, set_rng_state
 
-# The distributed optimizer's one format that any other data-parallel size can read.
+# The distributed optimizer's one format that any other data-parallel size can read. Megatron is given copies: it
+# adds this runtime's process groups to them.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 STATE_FILE = "state.json"
 
@@ -134,14 +135,15 @@ def load_policy_weights(folder: Path, policy: Policy) -> None:
 def _model_state(policy: Policy) -> dict[str, Any]:
     names = ["model"] if len(policy.chunks) == 1 else [f"model{i}" for i in range(len(policy.chunks))]
     return {
-        name: module.sharded_state_dict(metadata=METADATA) for name, module in zip(names, policy.modules, strict=True)
+        name: module.sharded_state_dict(metadata=dict(METADATA))
+        for name, module in zip(names, policy.modules, strict=True)
     }
 
 
 def _sharded_state(policy: Policy, optimizer: ChainedOptimizer, *, is_loading: bool = False) -> dict[str, Any]:
     state = _model_state(policy)
     with cuda_tensor_types():
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(METADATA))
     return state
 
 
@@ -155,7 +157,7 @@ def _save_tensors(folder: Path, state: dict[str, Any]) -> None:
     # a rank that is killed leaves it behind.
     filesystem_async._results_queue = queue.SimpleQueue()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=METADATA)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=dict(METADATA))
 
 
 def _load_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,15 @@
+"""Checkpoints in the middle of training, under every kind of optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from layouts import LAYOUTS
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.resumes])
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(name: str, measured: Callable[[str], dict[str, Any]]) -> None:
+    assert measured(name)["resumed"] == {"moved": True, "loaded": True, "resumed": True, "schedule": True}
