@@ -19,11 +19,11 @@ ALPHA, PHI, EPS_LOW, EPS_HIGH = 0.2, 2.0, 0.2, 0.28
 
 @cache
 def tiny_model(name: str) -> torch.nn.Module:
-    """A Qwen2ForCausalLM of MODELS, float32, every weight random: biases and norms too."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """The transformers model of MODELS, float32, every weight random: biases and norms too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**MODELS[name], attn_implementation="eager"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]), attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

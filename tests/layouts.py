@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ VOCAB_SIZE = 37  # odd: every layout pads it
 TEMPERATURE = 0.8
 STOP_TOKENS = (1, 2)
 
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _TIED = {
+    "model_type": "qwen2",
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -30,6 +32,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": _TIED,
     "untied": _TIED | {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 500.0},
     "one kv head": _TIED | {"num_key_value_heads": 1},
+    "qwen3": _TIED | {"model_type": "qwen3", "head_dim": 12, "num_key_value_heads": 1},
+    "llama": _TIED
+    | {
+        "model_type": "llama",
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e5,
+        "rope_scaling": {"rope_type": "llama3", "factor": 32.0, **LLAMA3_ROPE},
+    },
+    "mistral": _TIED | {"model_type": "mistral", "head_dim": 6, "sliding_window": None, "tie_word_embeddings": False},
 }
 
 
@@ -89,6 +101,18 @@ LAYOUTS: dict[str, Layout] = {
     "DP2 PP2 VPP2": Layout(4, PP2 | VPP2),
     "DP2 TP2 SP, Adam": Layout(4, TP2 | SP, optimizer="adam"),
     "DP2 TP2 SP, Adam, distributed optimizer": Layout(4, TP2 | SP | SHARDED, optimizer="adam"),
+}
+DENSE_FAMILIES = ("qwen3", "llama", "mistral")
+LAYOUTS |= {
+    f"{name}, {model}": replace(layout, model=model)
+    for model in DENSE_FAMILIES
+    for name, layout in {
+        "single": Layout(1, rollouts=True),
+        "TP2": Layout(2, TP2, rollouts=True),
+        "TP2 SP": Layout(2, TP2 | SP),
+        "PP2": Layout(2, PP2, rollouts=True),
+        "TP2 PP2": Layout(4, TP2 | PP2),
+    }.items()
 }
 FLOAT32 = [name for name, layout in LAYOUTS.items() if layout.dtype == "float32"]
 

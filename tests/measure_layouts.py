@@ -59,7 +59,7 @@ def measure(layout: Layout, models: Path) -> dict[str, Any]:
         results["rollouts"] = measure_rollouts.responses(policy)
     if layout is LAYOUTS["single"]:
         results["engine"] = measure_rollouts.engine(policy)
-    load_weights(policy, RandomWeights({**MODELS[layout.model], "model_type": "qwen2"}, seed=5))
+    load_weights(policy, RandomWeights(MODELS[layout.model], seed=5))
     results["random_weights"] = whole_tensors(policy, lambda parameter: parameter.data)
     # The store of this process group outlives it for a moment: the next one meets at another port.
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))

@@ -39,6 +39,6 @@ def test_padded_vocabulary_rows_get_no_gradient(name: str, measured: Measured) -
 
 @pytest.mark.parametrize("name", FLOAT32)
 def test_random_weights_are_the_same_in_every_layout(name: str, measured: Measured) -> None:
-    source = RandomWeights({**MODELS[LAYOUTS[name].model], "model_type": "qwen2"}, seed=5)
+    source = RandomWeights(MODELS[LAYOUTS[name].model], seed=5)
     for tensor, value in measured(name)["random_weights"].items():
         assert torch.equal(value, source.read(tensor)), tensor

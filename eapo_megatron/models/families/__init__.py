@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from eapo_megatron.models.families import qwen2
+from eapo_megatron.models.families import llama, mistral, qwen2, qwen3
 from eapo_megatron.models.families.family import Family, UnsupportedModelError, Weight
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen2.FAMILY,)}
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3)}
 
 
 def family_of(hf_config: dict) -> Family:
