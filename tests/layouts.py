@@ -109,9 +109,8 @@ LAYOUTS |= {
     for name, layout in {
         "single": Layout(1, rollouts=True),
         "TP2": Layout(2, TP2, rollouts=True),
-        "TP2 SP": Layout(2, TP2 | SP),
         "PP2": Layout(2, PP2, rollouts=True),
-        "TP2 PP2": Layout(4, TP2 | PP2),
+        "TP2 SP PP2": Layout(4, TP2 | SP | PP2),
     }.items()
 }
 FLOAT32 = [name for name, layout in LAYOUTS.items() if layout.dtype == "float32"]

@@ -63,7 +63,9 @@ class Family:
                 raise UnsupportedModelError(f"{key} is missing for model_type {self.model_type}")
         architectures = hf.get("architectures") or [self.architecture]
         if self.architecture not in architectures:
-            raise UnsupportedModelError(f"architectures {architectures} is not supported: needs {self.architecture}")
+            raise UnsupportedModelError(
+                f"architectures {', '.join(architectures)}: only {self.architecture} is supported"
+            )
         self.check(hf)
 
     def weights(self, hf: HFConfig) -> list[Weight]:

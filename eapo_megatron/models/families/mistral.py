@@ -12,7 +12,9 @@ def _check(hf: HFConfig) -> None:
     decoder.check(hf)
     window = hf.get("sliding_window", DEFAULT_SLIDING_WINDOW)
     if window is not None:
-        raise UnsupportedModelError(f"sliding_window {window} is not supported for model_type mistral (null is)")
+        raise UnsupportedModelError(
+            f"sliding_window {window} is not supported: set it to null where no sequence is longer than that"
+        )
 
 
 FAMILY = Family(

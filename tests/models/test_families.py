@@ -1,0 +1,162 @@
+"""What each family's config.json may ask for: refusals by name, rotary embeddings of any release, public models."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from eapo_megatron.models.families import FAMILIES, UnsupportedModelError, family_of
+from eapo_megatron.models.families.public_configs import PUBLIC_CONFIGS
+from layouts import LLAMA3_ROPE, MODELS
+
+CONFIGS = {
+    "qwen2": MODELS["tied"],
+    **{name: MODELS[name] for name in ("qwen3", "llama", "mistral")},
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, **LLAMA3_ROPE}
+
+PARAMETERS = {
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen2.5-Math-7B": 7_615_616_512,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": 70_553_706_496,
+    "agentica-org/DeepScaleR-1.5B-Preview": 1_777_088_000,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "moonshotai/Moonlight-16B-A3B": 15_960_111_936,
+}
+
+
+def refusal(config: dict[str, Any]) -> str:
+    with pytest.raises(UnsupportedModelError) as refused:
+        family_of(config).validate(config)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"quantization_config": {"bits": 4}}, "quantization_config: quantised checkpoints are not supported"),
+        ({"compression_config": {"format": "int"}}, "quantization_config: quantised checkpoints are not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window is not supported for model_type {}"),
+        ({"attention_bias": True}, "attention_bias is not supported for model_type {}"),
+        ({"mlp_bias": True}, "mlp_bias is not supported for model_type {}"),
+        ({"attention_dropout": 0.1}, "attention_dropout is not supported for model_type {}"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types sliding_attention is not supported for model_type {}",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported for model_type {}"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": None}, "num_key_value_heads is missing for model_type {}"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported for model_type {}"),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope_parameters of full_attention: one set"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported for model_type {}"),
+        ({"architectures": ["RewardModel"]}, "architectures RewardModel: only "),
+    ],
+)
+def test_refuses_by_name(model_type: str, changes: dict[str, Any], sentence: str) -> None:
+    assert refusal(CONFIGS[model_type] | changes).startswith(sentence.format(model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "sentence"),
+    [
+        ("gpt_oss", {}, "model_type 'gpt_oss' is not supported (known: llama, mistral, "),
+        ("qwen2", {"rope_scaling": LLAMA3}, "rope type 'llama3' is not supported for model_type qwen2"),
+        ("qwen2", {"hidden_size": 30}, "hidden_size 30 is not a multiple of num_attention_heads 4"),
+        ("qwen3", {"head_dim": None}, "head_dim is missing for model_type qwen3"),
+        ("llama", {"rope_scaling": LLAMA3 | {"factor": None}}, "rope type 'llama3' lacks its factor"),
+        (
+            "llama",
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 2.0}},
+            "rope type 'llama3' with high_freq_factor 2.0 is not supported: needs 4.0",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+            "rope type 'llama3' with original_max_position_embeddings None is not supported: needs 8192",
+        ),
+        ("mistral", {"sliding_window": 4096}, "sliding_window 4096 is not supported: set it to null"),
+    ],
+)
+def test_refuses_what_one_family_lacks(model_type: str, changes: dict[str, Any], sentence: str) -> None:
+    config = CONFIGS.get(model_type, CONFIGS["llama"]) | {"model_type": model_type} | changes
+    with pytest.raises(UnsupportedModelError, match=re.escape(sentence)):
+        family_of(config).validate(config)
+
+
+def test_mistral_without_the_key_has_a_sliding_window() -> None:
+    config = {key: value for key, value in CONFIGS["mistral"].items() if key != "sliding_window"}
+    assert refusal(config).startswith("sliding_window 4096 is not supported")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", "factor": 8.0, **LLAMA3_ROPE}},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+        {"rope_theta": 1.0, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+    ],
+)
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_llama3_frequencies_are_those_of_transformers(head_dim: int, given: dict[str, Any]) -> None:
+    from megatron.core.models.common.embeddings import RotaryEmbedding
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = {key: value for key, value in CONFIGS["llama"].items() if not key.startswith("rope")}
+    config |= {"head_dim": head_dim, "max_position_embeddings": 131072} | given
+    family_of(config).validate(config)
+    ours = family_of(config).gpt_model(config)
+    rotary = RotaryEmbedding(
+        kv_channels=family_of(config).transformer_config(config)["kv_channels"],
+        rotary_percent=1.0,
+        rotary_base=ours["rotary_base"],
+        rope_scaling=ours["rope_scaling"],
+        rope_scaling_factor=ours["rope_scaling_factor"],
+        use_cpu_initialization=True,
+    )
+    expected, factor = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**config))
+    assert factor == 1.0
+    assert torch.equal(rotary.inv_freq, expected)
+
+
+@pytest.mark.parametrize("given", [{"rope_theta": 7e4}, {"rope_parameters": {"rope_theta": 7e4}}])
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_plain_rotary_base(model_type: str, given: dict[str, Any]) -> None:
+    config = {key: value for key, value in CONFIGS[model_type].items() if not key.startswith("rope")} | given
+    family_of(config).validate(config)
+    arguments = family_of(config).gpt_model(config)
+    assert arguments["rotary_base"] == 7e4
+    assert "rope_scaling" not in arguments
+
+
+def test_every_public_model_is_counted() -> None:
+    assert PUBLIC_CONFIGS.keys() == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if PUBLIC_CONFIGS[name]["model_type"] in FAMILIES])
+def test_parameters_of_public_models(name: str) -> None:
+    config = PUBLIC_CONFIGS[name]
+    family = family_of(config)
+    family.validate(config)
+    assert sum(math.prod(shape) for shape in family.hf_shapes(config).values()) == PARAMETERS[name]
