@@ -37,7 +37,7 @@ PARAMETERS = {
     "agentica-org/DeepScaleR-1.5B-Preview": 1_777_088_000,
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
-    "moonshotai/Moonlight-16B-A3B": 15_960_111_936,
+    "moonshotai/Moonlight-16B-A3B": 15_960_110_208,  # the files hold 27 x 64 rotary frequencies beside
 }
 
 
