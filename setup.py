@@ -34,7 +34,13 @@ setup(
         "train": TRAIN,
         "gpu": [*TRAIN, "transformer-engine[pytorch]>=2.3"],
         "vllm": ["vllm>=0.11"],
-        "dev": ["pytest>=8.3", "hypothesis>=6.112", "ruff==0.14.5", "mypy==1.18.2"],
+        "dev": [
+            "pytest>=8.3",
+            "hypothesis>=6.112",
+            "ruff==0.14.5",
+            "mypy==1.18.2",
+            "triton>=3.6; sys_platform == 'linux'",
+        ],
     },
     entry_points={"console_scripts": ["eapo-megatron=eapo_megatron.cli:main"]},
 )

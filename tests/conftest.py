@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# Triton's interpreter runs kernels on CPU tensors. Triton reads this as it is imported, which Megatron does too.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SCRIPT = Path(__file__).parent / "measure_layouts.py"
 
@@ -46,8 +52,6 @@ def launch_of_4(model_folders: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Any]]:
     """What came out of a layout, by its name; its launch runs when first asked for."""
-    import torch
-
     from layouts import LAYOUTS
 
     def results_of(name: str) -> dict[str, Any]:
