@@ -1,4 +1,4 @@
-"""The command line: `eapo-megatron train RECIPE [key.path=value ...]`."""
+"""The command line: `eapo-megatron train RECIPE [key.path=value ...]`, `eapo-megatron convert to-hf | from-hf`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 import os
 import sys
 import warnings
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 from omegaconf import OmegaConf
@@ -15,6 +18,12 @@ from eapo_megatron.config import Recipe, RecipeError, load_recipe
 from eapo_megatron.launcher import rank_environment, run_local_ranks
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+convert = typer.Typer(no_args_is_help=True, help="Checkpoints to Hugging Face's format and back, in one process.")
+app.add_typer(convert, name="convert")
+
+GIB = 2**30
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 @app.callback()
@@ -46,6 +55,55 @@ def train(
         raise RecipeError(f"{recipe}: cluster.num_nodes {settings.cluster.num_nodes} needs srun or torchrun")
     _prepare(settings, settings.cluster.world_size, source=recipe)
     raise typer.Exit(run_local_ranks(settings.cluster.world_size, ["train", recipe, *overrides]))
+
+
+@convert.command("to-hf")
+def convert_to_hf(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run (its latest checkpoint), or a torch_dist checkpoint."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="The Hugging Face folder to make.")],
+    config: Annotated[
+        Path | None, typer.Option(help="The model's Hugging Face folder or config.json, for others' checkpoints.")
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Default: as the checkpoint has it.")] = None,
+    max_shard_size: Annotated[float, typer.Option(min=1e-6, help="Of a safetensors file, in GiB.")] = 5.0,
+) -> None:
+    """Writes a Hugging Face folder from a checkpoint of this project, Megatron-LM or NeMo 2."""
+    from eapo_megatron.conversion import to_hf  # torch: seconds
+
+    with _whole_or_nothing(out):
+        to_hf(source, out, config=config, dtype=_dtype(dtype), max_shard_bytes=int(max_shard_size * GIB))
+
+
+@convert.command("from-hf")
+def convert_from_hf(
+    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="What Megatron-LM's --load is given.")],
+    dtype: Annotated[DType | None, typer.Option(help="Default: as the folder has it.")] = None,
+) -> None:
+    """Writes a megatron-core torch_dist checkpoint from a Hugging Face folder."""
+    from eapo_megatron.conversion import from_hf  # torch: seconds
+
+    with _whole_or_nothing(out):
+        from_hf(source, out, dtype=_dtype(dtype))
+
+
+def _dtype(name: str | None):  # type: ignore[no-untyped-def]
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[None]:
+    """A disk that is full, or files that cannot be read, are one line and exit code 1."""
+    try:
+        yield
+    except OSError as error:
+        print(f"error: {out} was not written: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 def _prepare(settings: Recipe, world_size: int, *, source: str):  # type: ignore[no-untyped-def]

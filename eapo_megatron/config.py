@@ -49,6 +49,9 @@ class Model(Section):
 
     path: str | None = None
     architecture: dict[str, Any] | None = None
+    checkpoint: str | None = (
+        None  # weights to start from instead: a torch_dist checkpoint of Megatron-LM, NeMo 2 or a run
+    )
     tokenizer: str | None = None  # a folder; default: `path`, or the built-in task's own
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"

@@ -10,7 +10,6 @@ ranks and are restored where the world has the same size.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from eapo_megatron.durable import sync_path, sync_tree
 from eapo_megatron.models.policy_model import Policy
 from eapo_megatron.models.runtime import cuda_tensor_types, rng_state, set_rng_state
 
@@ -207,20 +207,3 @@ def _unalias_steps(optimizer: ChainedOptimizer) -> None:
         for state in part.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
-
-
-def sync_tree(folder: Path) -> None:
-    """Flushes every file and folder below `folder` to disk."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            sync_path(Path(root) / name)
-        sync_path(Path(root))
-
-
-def sync_path(path: Path) -> None:
-    """Flushes one file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from eapo_megatron.config import Model, RecipeError
 from eapo_megatron.models.families import UnsupportedModelError, family_of
+from eapo_megatron.models.megatron_weights import MegatronWeights, find_checkpoint
+from eapo_megatron.models.tensor_files import TensorInfo, listed, read_tensor, tensor_files, tensor_infos
 
 INITIALIZER_RANGE = 0.02
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class WeightSource(Protocol):
@@ -52,60 +54,75 @@ class RandomWeights:
 
 
 class HuggingFaceWeights:
-    """The safetensors files of a Hugging Face folder, checked against its config.json before anything is read.
+    """The tensors of a Hugging Face folder, checked against its config.json before anything is read.
+
+    `key` is what errors call the folder.
 
     Raises:
-        RecipeError: naming missing, unexpected or mis-shaped tensors.
+        RecipeError: naming missing, unexpected or mis-shaped tensors, and those whose dtype is not a plain float.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, key: str = "model.path") -> None:
         self.folder = Path(folder)
-        self.hf_config = read_hf_config(self.folder)
-        self._files = _tensor_files(self.folder)
-        self._check()
+        self._named = f"{key} {folder}"
+        self.hf_config = read_hf_config(self.folder, key=key)
+        self._files = tensor_files(self.folder, named=self._named)
+        self.infos = self._checked()
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return read_tensor(self._files[name], name)
 
-    def _check(self) -> None:
+    def _checked(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of each tensor of the model."""
         family = family_of(self.hf_config)
         expected = family.hf_shapes(self.hf_config)
         if missing := sorted(expected.keys() - self._files.keys()):
-            raise RecipeError(f"model.path {self.folder}: missing tensors: {_listed(missing)}")
+            raise RecipeError(f"{self._named}: missing tensors: {listed(missing)}")
         extra = sorted(
             name for name in self._files.keys() - expected.keys() if not name.endswith(family.ignored_suffixes)
         )
         if self.hf_config.get("tie_word_embeddings") and extra == ["lm_head.weight"]:
             extra = []  # a copy of the tied embedding
         if extra:
-            raise RecipeError(f"model.path {self.folder}: unexpected tensors: {_listed(extra)}")
+            raise RecipeError(f"{self._named}: unexpected tensors: {listed(extra)}")
+        found: dict[str, TensorInfo] = {}
         for file in sorted({self._files[name] for name in expected}):
-            with safe_open(file, framework="pt") as tensors:
-                held = set(tensors.keys())
-                names = sorted(name for name in expected if self._files[name] == file)
-                if absent := [name for name in names if name not in held]:
-                    raise RecipeError(
-                        f"model.path {self.folder}: {file.name} lacks tensors of its index: {_listed(absent)}"
-                    )
-                for name in names:
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    if shape != expected[name]:
-                        raise RecipeError(
-                            f"model.path {self.folder}: tensor {name} has shape {shape}, "
-                            f"config.json asks for {expected[name]}"
-                        )
+            infos = tensor_infos(file)
+            names = sorted(name for name in expected if self._files[name] == file)
+            if absent := [name for name in names if name not in infos]:
+                raise RecipeError(f"{self._named}: {file.name} lacks tensors of its index: {listed(absent)}")
+            found |= {name: infos[name] for name in names}
+        wrong = [
+            f"tensor {name} has shape {info.shape}, config.json asks for {expected[name]}"
+            for name, info in sorted(found.items())
+            if info.shape != expected[name]
+        ] + [
+            f"tensor {name} has dtype {str(info.dtype).removeprefix('torch.')}"
+            for name, info in sorted(found.items())
+            if info.dtype not in FLOATS
+        ]
+        if wrong:
+            raise RecipeError(f"{self._named}: {listed(wrong, separator='; ')}")
+        return found
 
 
-def read_hf_config(folder: Path) -> dict[str, Any]:
+def read_hf_config(folder: Path, *, key: str = "model.path") -> dict[str, Any]:
     """config.json of a Hugging Face folder, refused where its family cannot honour it.
 
     Raises:
         RecipeError: naming the file and the key.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise RecipeError(f"model.path {folder} has no config.json")
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"{key} {folder} has no config.json")
+    return read_config_file(folder / "config.json")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A config.json, under any name.
+
+    Raises:
+        RecipeError: naming the file and the key.
+    """
     try:
         hf_config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -140,24 +157,6 @@ def hf_config_of(model: Model, *, source: str) -> dict[str, Any]:
 
 def weight_source(model: Model, hf_config: Mapping[str, Any], seed: int) -> WeightSource:
     """Where the recipe's model gets its weights from."""
+    if model.checkpoint is not None:
+        return MegatronWeights(find_checkpoint(Path(model.checkpoint), key="model.checkpoint"), hf_config)
     return HuggingFaceWeights(model.path) if model.path else RandomWeights(hf_config, seed)
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a safetensors folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        if absent := sorted({str(file) for file in files.values() if not file.is_file()}):
-            raise RecipeError(f"model.path {folder}: files named by its index are missing: {_listed(absent)}")
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise RecipeError(f"model.path {folder} has neither model.safetensors nor model.safetensors.index.json")
-    with safe_open(single, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), single)
-
-
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

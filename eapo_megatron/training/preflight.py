@@ -32,7 +32,7 @@ from eapo_megatron.data import (
     load_examples,
     load_tokenizer,
 )
-from eapo_megatron.models.huggingface import HuggingFaceWeights, hf_config_of
+from eapo_megatron.models.huggingface import hf_config_of, weight_source
 from eapo_megatron.training.records import check_trackers
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         tokenizer = _tokenizer(recipe)
         train, held_out, dropped = _prompts(recipe, tokenizer)
         _check_sizes(recipe, hf_config, tokenizer)
-        if recipe.model.path is not None:
-            HuggingFaceWeights(recipe.model.path)
+        weight_source(recipe.model, hf_config, recipe.seed)
     except RecipeError:
         raise
     except ValueError as error:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from eapo_megatron.config import Recipe
+from eapo_megatron.models.assets import save_run_assets
 from eapo_megatron.models.checkpoint import Checkpoints
 from eapo_megatron.models.conversion import load_weights
 from eapo_megatron.models.huggingface import weight_source
@@ -104,6 +105,7 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime) -> Iter
     if runtime.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECIPE_FILE, recipe.experiment())
+        save_run_assets(folder, recipe.model, ingredients.hf_config, ingredients.tokenizer)
     policy = build_policy(ingredients.hf_config, recipe.model, recipe.parallel, runtime)
     worker = PolicyWorker(
         policy, micro_batch_size=recipe.train.micro_batch_size, temperature=recipe.rollout.temperature

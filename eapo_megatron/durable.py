@@ -1,0 +1,45 @@
+"""Folders that are whole or not there: written under a temporary name, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` to write into; it becomes `folder` when the block ends without an error.
+
+    What an error leaves is removed; what a kill leaves is removed by the next call.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        sync_tree(unfinished)
+        unfinished.rename(folder)
+        sync_path(folder.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Flushes every file and folder below `folder` to disk."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            sync_path(Path(root) / name)
+        sync_path(Path(root))
+
+
+def sync_path(path: Path) -> None:
+    """Flushes one file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
