@@ -55,8 +55,8 @@ def to_hf(
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for weight in weights:
                 for name, tensor in source_weights.hf_tensors(weight).items():
-                    yield name, tensor.to(dtypes[weight.name])
                     advance(tensor.numel() * dtypes[weight.name].itemsize)
+                    yield name, tensor.to(dtypes[weight.name])
 
         write_shards(unfinished, plan_shards(infos, max_shard_bytes), tensors())
         if config != config_file:  # a folder, not a lone file

@@ -139,7 +139,7 @@ class _From(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             empty = io.BytesIO()
-            torch.save(None, empty)
+            torch.save([None], empty)  # megatron-core keeps an object as a list of one
             return empty
         part = self._parts[write_item.index]
         return self._read(part).view(part.chunk.sizes)
