@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eapo_megatron.config import Model, RecipeError
+from eapo_megatron.conversion import from_hf
 from eapo_megatron.models.huggingface import HuggingFaceWeights, RandomWeights, hf_config_of, weight_source
 from hf_reference import tiny_model
 from layouts import MODELS
@@ -110,6 +111,81 @@ def test_folder_without_tensors(folder: Path) -> None:
     refuses(folder, f"model.path {folder} has no weights (none of model.safetensors, ")
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_reads_pytorch_bin_files(sharded: bool, tmp_path: Path) -> None:
+    tensors = dict(tiny_model("untied").state_dict())
+    (tmp_path / "config.json").write_text(json.dumps(tiny_model("untied").config.to_dict()))
+    if sharded:
+        names = sorted(tensors)
+        files = {name: f"pytorch_model-0000{1 + (i > 9)}-of-00002.bin" for i, name in enumerate(names)}
+        for file in set(files.values()):
+            torch.save({name: tensors[name] for name in names if files[name] == file}, tmp_path / file)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    else:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert_reads_the_model(HuggingFaceWeights(tmp_path), "untied")
+
+
+def test_safetensors_come_before_bin_files(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    assert_reads_the_model(HuggingFaceWeights(folder), "tied")
+
+
+class Opens:
+    """A pickle that would make a file when loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_refuses_pickles_that_need_more_than_tensors(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save(dict(tiny_model("tied").state_dict()) | {"extra": Opens(tmp_path / "touched")}, file)
+    refuses(folder, f"{file} needs more than tensors to be loaded, which could run any code: refused")
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "sentence"),
+    [
+        (lambda file: file.write_bytes(b"not a pickle"), "is damaged, or of a format older than PyTorch 1.6"),
+        (
+            lambda file: torch.save(tiny_model("tied").state_dict(), file, _use_new_zipfile_serialization=False),
+            "is damaged, or of a format older than PyTorch 1.6",
+        ),
+        (lambda file: torch.save([torch.ones(2)], file), "is not a dictionary of tensors"),
+        (lambda file: torch.save({"epoch": 3}, file), "is not a dictionary of tensors"),
+    ],
+)
+def test_refuses_bin_files_without_tensors(write: Callable[[Path], Any], sentence: str, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    write(folder / "pytorch_model.bin")
+    refuses(folder, f"{folder / 'pytorch_model.bin'} {sentence}")
+
+
+def test_refuses_a_safetensors_file_that_was_cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    refuses(folder, f"{file} is not a whole safetensors file: ")
+
+
+def test_refuses_quantised_tensors(folder: Path) -> None:
+    def quantise(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+
+    edit_tensors(folder, quantise)
+    refuses(
+        folder,
+        f"model.path {folder}: tensor model.layers.0.mlp.up_proj.weight has dtype int8; "
+        "tensor model.norm.weight has dtype float8_e4m3fn",
+    )
+
+
 def test_index_that_names_an_absent_file(tmp_path: Path) -> None:
     tiny_model("untied").save_pretrained(tmp_path, max_shard_size="40KB")
     first = min(tmp_path.glob("model-*.safetensors"))
@@ -141,6 +217,19 @@ def test_names_a_missing_key_of_an_architecture() -> None:
 def test_source_follows_the_recipe(folder: Path) -> None:
     assert isinstance(weight_source(Model(path=str(folder)), ARCHITECTURE, seed=1), HuggingFaceWeights)
     assert isinstance(weight_source(Model(architecture=ARCHITECTURE), ARCHITECTURE, seed=1), RandomWeights)
+
+
+def test_source_may_be_a_torch_dist_checkpoint(tmp_path: Path) -> None:
+    tiny_model("untied").save_pretrained(tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "megatron")
+    model = Model(path=str(tmp_path / "hf"), checkpoint=str(tmp_path / "megatron"))
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    source = weight_source(model, hf_config_of(model, source="recipe.yaml"), seed=1)
+    for tensor, expected in tiny_model("untied").named_parameters():
+        assert torch.equal(source.read(tensor), expected), tensor
+    nothing = model.model_copy(update={"checkpoint": str(tmp_path / "hf")})
+    with pytest.raises(RecipeError, match=f"^model.checkpoint {tmp_path / 'hf'} holds no torch_dist checkpoint"):
+        weight_source(nothing, hf_config_of(model, source="recipe.yaml"), seed=1)
 
 
 def test_random_weights_are_a_function_of_seed_and_name() -> None:
