@@ -7,8 +7,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from command_line import metrics, tensors, train, train_until
+from eapo_megatron.conversion import to_hf
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -113,6 +115,20 @@ def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
     theirs = tensors(runs / "whole" / "checkpoints" / "step_000005", tmp_path / "whole.pt")
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
+
+    model = runs / "whole" / "huggingface"
+    assert (model / "tokenizer.json").read_bytes() == (tmp_path / "tiny_qwen2" / "tokenizer.json").read_bytes()
+    to_hf(runs / "whole", tmp_path / "export", max_shard_bytes=2**30)
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {
+        path.name for path in (tmp_path / "tiny_qwen2").iterdir()
+    }
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert exported.keys() == load_file(tmp_path / "tiny_qwen2" / "model.safetensors").keys()
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    assert exported["model.embed_tokens.weight"].equal(theirs["embedding.word_embeddings.weight"][:vocab_size])
+    for layer in range(4):
+        down = exported[f"model.layers.{layer}.mlp.down_proj.weight"]
+        assert down.equal(theirs["decoder.layers.mlp.linear_fc2.weight"][layer])
 
 
 def test_a_diverging_run_stops_with_its_checkpoint_intact(arithmetic: Path, tmp_path: Path) -> None:
