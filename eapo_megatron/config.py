@@ -72,6 +72,8 @@ class Parallel(Section):
     num_layers_in_first_pipeline_stage: int | None = Field(None, ge=1)
     num_layers_in_last_pipeline_stage: int | None = Field(None, ge=1)
     sequence_parallel: bool = False
+    expert_model_parallel_size: int = Field(1, ge=1)  # over tensor- and data-parallel ranks of a stage
+    expert_tensor_parallel_size: int | None = Field(None, ge=1)  # default: tensor_model_parallel_size
     data_parallel_size: int | None = Field(None, ge=1)
     use_distributed_optimizer: bool = False
 
@@ -81,7 +83,23 @@ class Parallel(Section):
             raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1")
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        if self.expert_model_parallel_size == 1 and self.expert_tensor_size != self.tensor_model_parallel_size:
+            # Megatron would sum these experts' gradients over the wrong ranks, without a word.
+            raise ValueError(
+                f"expert_tensor_parallel_size {self.expert_tensor_size} beside tensor_model_parallel_size "
+                f"{self.tensor_model_parallel_size} needs expert_model_parallel_size > 1"
+            )
         return self
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """How many ranks share one expert's weights."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def experts_join_replicas(self) -> bool:
+        """Whether ranks with different data share a layer's experts, so that they must run in step."""
+        return self.expert_tensor_size * self.expert_model_parallel_size > self.tensor_model_parallel_size
 
 
 class Arithmetic(Section):

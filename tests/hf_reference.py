@@ -5,7 +5,8 @@ Weights, activations and statistics are float64. Equations are those of EAPO, ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -23,12 +24,42 @@ def tiny_model(name: str) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**MODELS[name]), attn_implementation="eager", experts_implementation="eager"
+    )
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for tensor in model.state_dict().values():
+            if tensor.dim() == 1:
+                tensor.add_(torch.randn_like(tensor), alpha=0.2)
     return model.eval()
+
+
+def tensors_of(model: torch.nn.Module, value_of: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
+    """A value of each parameter and saved buffer by its name in checkpoint files, where experts are apart."""
+    kept = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        if (value := value_of(tensor)) is not None:
+            tensors |= _file_tensors(model.config.model_type, name, value.detach())
+    return tensors
+
+
+def _file_tensors(model_type: str, name: str, value: Tensor) -> dict[str, Tensor]:
+    gate, up, down = ("gate_proj", "up_proj", "down_proj")
+    if model_type == "mixtral":
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        gate, up, down = ("w1", "w3", "w2")
+    prefix, _, kind = name.rpartition(".experts.")
+    if kind == "gate_up_proj":
+        halves = ((expert, half) for expert in range(len(value)) for half in (0, 1))
+        return {
+            f"{prefix}.experts.{expert}.{(gate, up)[half]}.weight": value[expert].chunk(2)[half].clone()
+            for expert, half in halves
+        }
+    if kind == "down_proj":
+        return {f"{prefix}.experts.{expert}.{down}.weight": value[expert].clone() for expert in range(len(value))}
+    return {name: value.clone()}
 
 
 def write_models(folder: Path) -> None:
@@ -54,9 +85,7 @@ class Reference:
         self.advantages = self._eapo_advantages()
 
     def fresh_model(self) -> torch.nn.Module:
-        model = type(tiny_model(self.name))(tiny_model(self.name).config).double().eval()
-        model.load_state_dict(tiny_model(self.name).state_dict())
-        return model
+        return copy.deepcopy(tiny_model(self.name)).double()
 
     def score(self, model: torch.nn.Module, row: int) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the tokens of one response."""
@@ -104,14 +133,14 @@ class Reference:
         self.model.zero_grad()
         loss = self.loss(self.model, range(self.batch.size), "token_mean")
         loss.backward()
-        return loss.item(), {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
+        return loss.item(), tensors_of(self.model, lambda parameter: parameter.grad)
 
     @cache  # noqa: B019
     def steps(self, optimizer_name: str) -> tuple[list[float], dict[str, Tensor]]:
         """Gradient norms of the optimizer steps on MINI_BATCHES, and the weights after them."""
         model = self.fresh_model()
         settings = OPTIMIZERS[optimizer_name]
-        matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
         vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
         groups = [
             {"params": matrices, "weight_decay": settings["weight_decay"]},
@@ -130,7 +159,7 @@ class Reference:
             for group in optimizer.param_groups:
                 group["lr"] = settings["lr"] * (1 - step / DECAY_STEPS)
             optimizer.step()
-        return norms, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        return norms, tensors_of(model, lambda tensor: tensor)
 
 
 @cache

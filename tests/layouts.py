@@ -44,6 +44,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": _TIED | {"model_type": "mistral", "head_dim": 6, "sliding_window": None, "tie_word_embeddings": False},
 }
 
+_EXPERTS = _TIED | {"tie_word_embeddings": False, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
+MODELS |= {
+    "qwen3_moe": _EXPERTS
+    | {"model_type": "qwen3_moe", "head_dim": 12, "num_experts": 6, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "qwen3_moe, bare": _EXPERTS | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 3},
+    "mixtral": _EXPERTS | {"model_type": "mixtral", "num_local_experts": 4, "rms_norm_eps": 1e-5, "eos_token_id": None},
+}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -111,6 +119,33 @@ LAYOUTS |= {
         "TP2": Layout(2, TP2, rollouts=True),
         "PP2": Layout(2, PP2, rollouts=True),
         "TP2 SP PP2": Layout(4, TP2 | SP | PP2),
+    }.items()
+}
+EP2 = {"expert_model_parallel_size": 2}
+ETP1 = {"expert_tensor_parallel_size": 1}
+MIXTURES = ("qwen3_moe", "mixtral")
+LAYOUTS |= {
+    f"{name}, {model}": replace(layout, model=model)
+    for model in MIXTURES
+    for name, layout in {
+        "single": Layout(1, rollouts=True),
+        "TP2 SP": Layout(2, TP2 | SP, rollouts=True),
+        "TP2 SP EP2": Layout(2, TP2 | SP | EP2 | ETP1, micro_batch_size=1, rollouts=True),
+        "PP2": Layout(2, PP2, rollouts=True),
+        "EP2": Layout(2, EP2, micro_batch_size=1, rollouts=True),
+        "EP2 PP2": Layout(4, EP2 | PP2, rollouts=True),
+    }.items()
+}
+LAYOUTS |= {
+    f"{name}, qwen3_moe, bare": replace(layout, model="qwen3_moe, bare")
+    for name, layout in {
+        "single, Adam": Layout(1, optimizer="adam", resumes=True),
+        "EP2, full recompute": Layout(2, EP2, recompute="full"),
+        "EP2, Adam": Layout(2, EP2, optimizer="adam", resumes=True),
+        "EP2, Adam, distributed optimizer": Layout(2, EP2 | SHARDED, optimizer="adam", resumes=True),
+        "TP2 SP EP2 PP2 VPP2": Layout(4, TP2 | SP | EP2 | ETP1 | PP2 | VPP2, rollouts=True),
+        "TP2 SP EP2, Adam": Layout(4, TP2 | SP | EP2, optimizer="adam", rollouts=True),
+        "TP2 SP EP2, Adam, distributed optimizer": Layout(4, TP2 | SP | EP2 | SHARDED, optimizer="adam"),
     }.items()
 }
 FLOAT32 = [name for name, layout in LAYOUTS.items() if layout.dtype == "float32"]

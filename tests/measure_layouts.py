@@ -60,7 +60,7 @@ def measure(layout: Layout, models: Path) -> dict[str, Any]:
     if layout is LAYOUTS["single"]:
         results["engine"] = measure_rollouts.engine(policy)
     load_weights(policy, RandomWeights(MODELS[layout.model], seed=5))
-    results["random_weights"] = whole_tensors(policy, lambda parameter: parameter.data)
+    results["random_weights"] = whole_tensors(policy, lambda tensor: tensor.data)
     # The store of this process group outlives it for a moment: the next one meets at another port.
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
     stop_runtime()
@@ -102,7 +102,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model) -> dict[str, 
     results["applied"] = [update.applied for update in updates]
     results["norms"] = [update.metrics["grad_norm"] for update in updates]
     results["lrs"] = [update.metrics["lr"] for update in updates]
-    results["weights"] = whole_tensors(policy, lambda parameter: parameter.data)
+    results["weights"] = whole_tensors(policy, lambda tensor: tensor.data)
     if layout.resumes:
 
         def step(policy: Policy, optimizer: PolicyOptimizer) -> None:
@@ -180,27 +180,34 @@ def complete_gradients(policy: Policy) -> dict[str, Tensor]:
     """Global gradients by Hugging Face name; the distributed optimizer leaves each rank with its part of them."""
     for chunk in policy.chunks:
         if chunk.ddp_config.use_distributed_optimizer:
-            group = parallel_state.get_data_parallel_group()
-            for bucket in (bucket for buffer in chunk.buffers for bucket in buffer.buckets):
-                shards = shard_buffer(bucket.grad_data, group.size())
-                dist.all_gather(shards, shards[group.rank()].clone(), group=group)
-    return whole_tensors(policy, lambda parameter: parameter.main_grad)
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                group = buffer.data_parallel_group
+                for bucket in buffer.buckets:
+                    shards = shard_buffer(bucket.grad_data, group.size())
+                    dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+    return whole_tensors(policy, lambda tensor: getattr(tensor, "main_grad", None))
 
 
-def whole_tensors(policy: Policy, value_of: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
-    """A value of each parameter put together from all ranks, by Hugging Face name; copies of it must be equal."""
-    mine = [
-        (weight, parallel_state.get_tensor_model_parallel_rank(), value_of(parameter).float())
+def whole_tensors(policy: Policy, value_of: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
+    """A value of each tensor put together from all ranks, by Hugging Face name; copies of it must be equal."""
+    tp_ranks = {
+        False: parallel_state.get_tensor_model_parallel_rank(),
+        True: parallel_state.get_expert_tensor_parallel_rank(),
+    }
+    named = [
+        (weight.name, tp_ranks[weight.expert is not None], value.float())
         for module in policy.modules
-        for _, parameter, weight in named_weights(module, policy.hf_config)
+        for _, tensor, weight in named_weights(module, policy.hf_config)
+        if (value := value_of(tensor)) is not None
     ]
-    named = [(weight.name, tp_rank, value) for weight, tp_rank, value in mine]
     shards: dict[str, dict[int, Tensor]] = {}
     for name, tp_rank, value in (entry for rank in policy.runtime.gather_objects(named) for entry in rank):
         copy = shards.setdefault(name, {}).setdefault(tp_rank, value)
         assert torch.equal(copy, value), f"copies of {name} differ"
     whole: dict[str, Tensor] = {}
     for weight in all_weights(policy):
+        if weight.name not in shards and weight.name.endswith("expert_bias"):
+            continue  # a buffer, which has no gradient
         by_rank = shards.pop(weight.name)
         whole |= zip(weight.hf_names, unsharded(weight, [by_rank[rank] for rank in sorted(by_rank)]), strict=True)
     assert not shards, f"{sorted(shards)} belong to no tensor"

@@ -28,12 +28,27 @@ def responses(policy: Policy) -> dict[str, Any]:
         return engine.generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, sampling)
 
     sampled = generate(SAMPLED)
+    replicas = policy.runtime.gather_objects((policy.runtime.data_parallel_rank, repr(sampled)))
     return {
         "greedy": generate(GREEDY),
         "sampled": sampled,
         "filtered": generate(replace(SAMPLED, temperature=1.5, top_k=12, top_p=0.8)),
         "scored": score(policy, ROLLOUT_PROMPTS, sampled, TEMPERATURE),
-        "ranks_agree": len(set(map(repr, policy.runtime.gather_objects(sampled)))) == 1,
+        "apart": apart(policy),
+        "ranks_agree": len(set(replicas)) == policy.runtime.data_parallel_size,
+    }
+
+
+def apart(policy: Policy) -> dict[int, list[Response]]:
+    """Sampled responses by their prompt's place; replicas have other prompts in other numbers, the first has none."""
+    rank, size = policy.runtime.data_parallel_rank, policy.runtime.data_parallel_size
+    mine = range(len(ROLLOUT_PROMPTS))[rank::size] if rank else range(0)
+    engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=2)
+    groups = engine.generate([ROLLOUT_PROMPTS[i] for i in mine], [ROLLOUT_SEEDS[i] for i in mine], SAMPLED)
+    return {
+        i: group
+        for part in policy.runtime.gather_objects(dict(zip(mine, groups, strict=True)))
+        for i, group in part.items()
     }
 
 

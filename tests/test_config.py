@@ -53,6 +53,10 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
         ("data.train_path=x", "data: give either task (built in) or train_path"),
         ("data.template=hello", "data: template must be"),
         ("parallel.sequence_parallel=true", "parallel: sequence_parallel needs tensor_model_parallel_size > 1"),
+        (
+            "parallel.expert_tensor_parallel_size=2",
+            "parallel: expert_tensor_parallel_size 2 beside tensor_model_parallel_size 1 needs expert_model_parallel",
+        ),
         ("optimizer.lr_decay_style=cosine", "optimizer: lr_decay_steps is needed"),
         ("name=../evil", "name: string should match pattern"),
         ("optimizer.lr", "override 'optimizer.lr' is not of the form key.path=value"),

@@ -16,13 +16,11 @@ from eapo_megatron.models.policy_model import Policy, named_weights, padded_voca
 def load_weights(policy: Policy, source: WeightSource) -> None:
     """Fills every parameter of this rank's chunks from Hugging Face tensors."""
     for module in policy.modules:
-        for name, parameter, weight in named_weights(module, policy.hf_config):
+        for name, tensor, weight in named_weights(module, policy.hf_config):
             shard = _shard(weight, [source.read(hf_name) for hf_name in weight.hf_names])
-            if shard.shape != parameter.shape:
-                raise ValueError(
-                    f"parameter {name} has shape {tuple(parameter.shape)}, its weights {tuple(shard.shape)}"
-                )
-            parameter.data.copy_(shard)
+            if shard.shape != tensor.shape:
+                raise ValueError(f"parameter {name} has shape {tuple(tensor.shape)}, its weights {tuple(shard.shape)}")
+            tensor.data.copy_(shard)
 
 
 def _shard(weight: Weight, tensors: Sequence[Tensor]) -> Tensor:
@@ -31,6 +29,9 @@ def _shard(weight: Weight, tensors: Sequence[Tensor]) -> Tensor:
     if weight.tp_dim is None:
         return parts[0]
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    if weight.expert is not None:
+        size = parallel_state.get_expert_tensor_parallel_world_size()
+        rank = parallel_state.get_expert_tensor_parallel_rank()
     if weight.pads_vocabulary:
         parts = [_padded_rows(part, padded_vocab_size(part.shape[0], size)) for part in parts]
     return torch.cat([part.chunk(size, dim=weight.tp_dim)[rank] for part in parts], dim=weight.tp_dim)

@@ -46,7 +46,7 @@ class RandomWeights:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape)
-        if name.endswith(".bias"):
+        if name.endswith("bias"):
             return torch.zeros(shape)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -79,7 +79,7 @@ class HuggingFaceWeights:
         if missing := sorted(expected.keys() - self._files.keys()):
             raise RecipeError(f"{self._named}: missing tensors: {listed(missing)}")
         extra = sorted(
-            name for name in self._files.keys() - expected.keys() if not name.endswith(family.ignored_suffixes)
+            name for name in self._files.keys() - expected.keys() if not family.ignores(self.hf_config, name)
         )
         if self.hf_config.get("tie_word_embeddings") and extra == ["lm_head.weight"]:
             extra = []  # a copy of the tied embedding

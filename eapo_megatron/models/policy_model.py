@@ -7,6 +7,7 @@ the last stage's forward takes the positions it shall score and projects nothing
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from eapo_megatron.config import Model, Parallel
+from eapo_megatron.models.block import block_spec
 from eapo_megatron.models.families import Weight, family_of
-from eapo_megatron.models.layers import block_spec
 from eapo_megatron.models.runtime import Runtime
 
 SEQUENCE_PARALLEL_ATTRIBUTES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -88,6 +89,7 @@ class Policy:
     config: TransformerConfig
     hf_config: Mapping[str, Any]
     runtime: Runtime
+    experts_join_replicas: bool  # whether ranks with different data exchange tokens in every forward
 
     @property
     def vocab_size(self) -> int:
@@ -134,27 +136,34 @@ def _set_all(attributes: Sequence[tuple[torch.nn.Module, str]], value: bool) -> 
         setattr(module, name, value)
 
 
-def named_weights(
-    module: PolicyChunk, hf_config: Mapping[str, Any]
-) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
-    """Each parameter of a chunk with its name there and its mapping to Hugging Face tensors."""
+def named_weights(module: PolicyChunk, hf_config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Weight]]:
+    """Each parameter of a chunk, and each buffer that a checkpoint holds, with its mapping to Hugging Face tensors."""
     by_name = {weight.name: weight for weight in family_of(dict(hf_config)).weights(hf_config)}
     for name, parameter in module.named_parameters():
         full_name = _global_name(module, name)
         if full_name == "output_layer.weight" and full_name not in by_name:
             full_name = "embedding.word_embeddings.weight"  # a tied model's last stage holds its own copy
         yield name, parameter, by_name[full_name]
+    for name, buffer in module.named_buffers():
+        if (full_name := _global_name(module, name)) in by_name:
+            yield name, buffer, by_name[full_name]
 
 
 def _global_name(module: PolicyChunk, name: str) -> str:
-    """A parameter's name in the whole model: a chunk counts its layers from 0."""
+    """A parameter's name in the whole model: a chunk counts its layers from 0, and a rank its experts."""
     # Transformer Engine fuses a norm into the linear layer that follows it.
     name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
     name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
     if not name.startswith("decoder.layers."):
         return name
     _, _, local, rest = name.split(".", 3)
-    return f"decoder.layers.{module.decoder.layers[int(local)].layer_number - 1}.{rest}"
+    layer = module.decoder.layers[int(local)]
+    # Grouped experts number their weights (linear_fc1.weight3) instead of keeping a list of modules.
+    rest = re.sub(r"experts\.(linear_fc[12]\.weight)(\d+)$", r"experts.local_experts.\2.\1", rest)
+    if (local_expert := re.search(r"(?<=\.local_experts\.)\d+", rest)) is not None:
+        expert = layer.mlp.local_expert_indices[int(local_expert[0])]
+        rest = f"{rest[: local_expert.start()]}{expert}{rest[local_expert.end() :]}"
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -163,16 +172,20 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def transformer_config(hf_config: Mapping[str, Any], model: Model, parallel: Parallel) -> TransformerConfig:
+def transformer_config(
+    hf_config: Mapping[str, Any], model: Model, parallel: Parallel, *, transformer_engine: bool
+) -> TransformerConfig:
     """Megatron's settings of this architecture under this layout."""
     dtype = DTYPES[model.dtype]
+    architecture = family_of(dict(hf_config)).transformer_config(hf_config)
+    kind = MLATransformerConfig if "kv_lora_rank" in architecture else TransformerConfig
     recompute: dict[str, Any] = {}
     if model.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.recompute == "selective":
         recompute = {"recompute_granularity": "selective"}
-    return TransformerConfig(
-        **family_of(dict(hf_config)).transformer_config(hf_config),
+    return kind(
+        **architecture,
         **recompute,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -180,6 +193,8 @@ def transformer_config(hf_config: Mapping[str, Any], model: Model, parallel: Par
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -191,6 +206,7 @@ def transformer_config(hf_config: Mapping[str, Any], model: Model, parallel: Par
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         variable_seq_lengths=parallel.virtual_pipeline_model_parallel_size is None,
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models too
+        moe_grouped_gemm=transformer_engine,
         use_cpu_initialization=True,
         perform_initialization=False,  # weights are loaded, or drawn by name
         gradient_accumulation_fusion=False,
@@ -204,8 +220,8 @@ def transformer_config(hf_config: Mapping[str, Any], model: Model, parallel: Par
 
 def build_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel, runtime: Runtime) -> Policy:
     """Builds this rank's chunks with unset weights; `conversion.load_weights` fills them."""
-    config = transformer_config(hf_config, model, parallel)
     use_te = runtime.device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    config = transformer_config(hf_config, model, parallel, transformer_engine=use_te)
     virtual = parallel.virtual_pipeline_model_parallel_size
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.use_distributed_optimizer, grad_reduce_in_fp32=True
@@ -223,12 +239,13 @@ def build_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel,
             **family_of(dict(hf_config)).gpt_model(hf_config),
         )
         module.to(runtime.device, DTYPES[model.dtype])
-        for _, parameter, weight in named_weights(module, hf_config):
+        for _, tensor, weight in named_weights(module, hf_config):
             # Megatron sets these marks while it initialises weights; the gradient norm counts shards by them.
-            if weight.tp_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(parameter, True, weight.tp_dim, 1)
+            if weight.tp_dim is not None and not hasattr(tensor, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(tensor, True, weight.tp_dim, 1)
         chunks.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0))
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if virtual else chunks[0].no_sync
     for chunk in chunks:
         chunk.broadcast_params()
-    return Policy(chunks, config, hf_config, runtime)
+    joined = config.num_moe_experts is not None and parallel.experts_join_replicas
+    return Policy(chunks, config, hf_config, runtime, joined)

@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 
 from eapo_megatron.config import Parallel
+from eapo_megatron.models.experts import install_cpu_experts
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def start_runtime(parallel: Parallel, *, seed: int, device: str = "auto", timeou
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]
         create_gloo_process_groups=on_gpu,
     )
@@ -152,6 +155,7 @@ def install_cpu_runtime() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
     for name in ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
+    install_cpu_experts()
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

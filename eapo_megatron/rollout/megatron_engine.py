@@ -3,6 +3,8 @@
 Prompts are padded on the left (rotary positions are relative, so a shift changes nothing) and prefilled once; the
 cache is then repeated for the G responses of each prompt, and rows that are done leave the batch once half of it is.
 Pipeline stages pass hidden states down, chunk by chunk under interleaving; the last stage draws the tokens.
+Replicas that share experts (expert parallelism over data-parallel ranks) step together: one that is done keeps decoding
+a row, whose tokens nobody reads, until all are.
 """
 
 from __future__ import annotations
@@ -37,9 +39,13 @@ class MegatronEngine:
     ) -> list[list[Response]]:
         """For each prompt one response a seed, on every rank of the model replica."""
         responses: list[list[Response]] = []
+        batches = list(self._batches(seeds))
+        idle = self._largest_of_replicas(len(batches)) - len(batches)
         with self.policy.inference():
-            for start, stop in self._batches(seeds):
+            for start, stop in batches:
                 responses += self._generate_batch(prompts[start:stop], seeds[start:stop], sampling)
+            for _ in range(idle):
+                self._generate_batch([[self.pad_token_id]], [[0]], sampling, idle=True)
         return responses
 
     def _batches(self, seeds: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
@@ -54,8 +60,14 @@ class MegatronEngine:
             yield start, len(seeds)
 
     def _generate_batch(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        idle: bool = False,
     ) -> list[list[Response]]:
+        """One batch; an `idle` one only keeps other replicas company and its responses mean nothing."""
         device = self.policy.runtime.device
         width, length = max(map(len, prompts)), sampling.max_response_tokens
         padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
@@ -77,7 +89,7 @@ class MegatronEngine:
         lengths = torch.full((count,), length, device=device)
         stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
         active = torch.arange(count, device=device)  # the response in each row of the batch
-        running = torch.ones(count, dtype=torch.bool, device=device)  # rows of the batch not yet done
+        running = torch.full((count,), not idle, device=device)  # rows of the batch not yet done
 
         for step in range(length):
             drawn, drawn_log_probs = self._draw(logits, uniforms[active, step], sampling)
@@ -87,13 +99,12 @@ class MegatronEngine:
             lengths[active[stopped]] = step + 1
             running = running & ~stopped
             alive = int(running.sum())
-            if alive == 0 or step + 1 == length:
+            if step + 1 == length or self._largest_of_replicas(alive) == 0:
                 break
-            if alive <= running.numel() // 2:
-                kept = running.nonzero().squeeze(-1)
+            if max(alive, 1) <= running.numel() // 2:
+                kept = running.nonzero().squeeze(-1) if alive else active.new_zeros(1)
                 _select_rows(context, kept)
-                active, padding, drawn = active[kept], padding[kept], drawn[kept]
-                running = torch.ones_like(kept, dtype=torch.bool)
+                active, padding, drawn, running = active[kept], padding[kept], drawn[kept], running[kept]
             context.sequence_len_offset = width + step
             columns = torch.arange(width + step + 1, device=device)
             mask = (columns < padding.unsqueeze(-1))[:, None, None, :]
@@ -101,6 +112,15 @@ class MegatronEngine:
 
         log_probs = self._from_last_stage(log_probs)
         return _unflatten(tokens, log_probs, lengths, stops, seeds)
+
+    def _largest_of_replicas(self, value: int) -> int:
+        """The largest value among the replicas that share experts with this one."""
+        if not self.policy.experts_join_replicas:
+            return value
+        largest = torch.tensor(value, device=self.policy.runtime.device)
+        group = parallel_state.get_expert_tensor_and_model_parallel_group()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        return int(largest)
 
     def _forward(self, ids: Tensor, mask: Tensor, context: StaticInferenceContext) -> Tensor:
         """Logits [B, V] of the last column of ids [B, s]; off the last stage the hidden states, for their shape."""

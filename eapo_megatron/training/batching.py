@@ -92,15 +92,22 @@ def data_parallel_share(batch: Batch, rows: Sequence[int], rank: int, size: int)
 
 
 def micro_batches(
-    batch: Batch, rows: Sequence[int], micro_batch_size: int, *, length_multiple: int = 1, interleave: int = 0
+    batch: Batch,
+    rows: Sequence[int],
+    micro_batch_size: int,
+    *,
+    at_least: int = 1,
+    length_multiple: int = 1,
+    interleave: int = 0,
 ) -> list[MicroBatch]:
-    """Divides `rows` (of similar length side by side) into micro-batches, at least one.
+    """Divides `rows` (of similar length side by side) into micro-batches, with empty ones up to `at_least`.
 
     Sequence lengths are multiples of `length_multiple` (sequence parallelism). Interleaved pipelining over `interleave`
     stages (0: off) wants a multiple of as many micro-batches, all of one shape: Megatron exchanges forward and backward
     shapes between the same two ranks at once.
     """
-    parts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)] or [[]]
+    parts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
+    parts += [[]] * (at_least - len(parts))
     if not interleave:
         return [_micro_batch(batch, part, max(len(part), 1), _width(batch, part, length_multiple)) for part in parts]
     parts += [[]] * (-len(parts) % interleave)

@@ -137,10 +137,13 @@ class PolicyWorker:
         runtime, config = self.policy.runtime, self.policy.config
         share = data_parallel_share(batch, rows, runtime.data_parallel_rank, runtime.data_parallel_size)
         interleaved = config.virtual_pipeline_model_parallel_size is not None
+        largest_share = -(-len(rows) // runtime.data_parallel_size)
         return micro_batches(
             batch,
             share,
             self.micro_batch_size,
+            # Replicas that share experts exchange tokens in every forward: all need as many as the busiest one.
+            at_least=-(-largest_share // self.micro_batch_size) if self.policy.experts_join_replicas else 1,
             length_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
             interleave=config.pipeline_model_parallel_size if interleaved else 0,
         )

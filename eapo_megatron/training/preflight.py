@@ -32,6 +32,7 @@ from eapo_megatron.data import (
     load_examples,
     load_tokenizer,
 )
+from eapo_megatron.models.families import family_of
 from eapo_megatron.models.huggingface import hf_config_of, weight_source
 from eapo_megatron.training.records import check_trackers
 
@@ -120,18 +121,50 @@ def check_layout(parallel: Parallel, hf_config: Mapping[str, Any], world_size: i
             f"parallel: tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} x data_parallel_size {dp} "
             f"= {tp * pp * dp} is not the world of {world_size} ranks"
         )
-    for key in ("num_attention_heads", "intermediate_size"):
-        if hf_config[key] % tp:
-            raise RecipeError(
-                f"parallel.tensor_model_parallel_size {tp} does not divide the model's {key} {hf_config[key]}"
-            )
-    groups = hf_config["num_key_value_heads"]
+    settings = family_of(dict(hf_config)).transformer_config(hf_config)
+    _check_experts(parallel, settings, world_size)
+    sharded = [("num_attention_heads", hf_config["num_attention_heads"])]
+    if settings.get("moe_layer_freq", 1) != 1 or "num_moe_experts" not in settings:
+        sharded.append(("intermediate_size", hf_config["intermediate_size"]))
+    if shared := settings.get("moe_shared_expert_intermediate_size"):
+        sharded.append(("shared experts' width", shared))
+    for key, size in sharded:
+        if size % tp:
+            raise RecipeError(f"parallel.tensor_model_parallel_size {tp} does not divide the model's {key} {size}")
+    groups = settings["num_query_groups"]
     if groups % tp and tp % groups:
         raise RecipeError(
             f"parallel.tensor_model_parallel_size {tp} and the model's num_key_value_heads {groups} "
             "do not divide one another"
         )
     _check_pipeline(parallel, hf_config["num_hidden_layers"])
+
+
+def _check_experts(parallel: Parallel, settings: Mapping[str, Any], world_size: int) -> None:
+    """Whether the experts of Megatron's `settings` divide over the layout, and the layout over the ranks."""
+    tp, ep, etp = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    experts = settings.get("num_moe_experts")
+    if experts is None:
+        if ep > 1:
+            raise RecipeError(f"parallel.expert_model_parallel_size {ep}: the model has no experts")
+        return
+    if tp > 1 and not parallel.sequence_parallel:
+        raise RecipeError(
+            f"parallel.tensor_model_parallel_size {tp} needs sequence_parallel: true for a mixture of experts"
+        )
+    if experts % ep:
+        raise RecipeError(f"parallel.expert_model_parallel_size {ep} does not divide the model's {experts} experts")
+    if settings["moe_ffn_hidden_size"] % etp:
+        raise RecipeError(
+            f"parallel.expert_tensor_parallel_size {etp} does not divide the experts' width "
+            f"{settings['moe_ffn_hidden_size']}"
+        )
+    sizes = f"expert_tensor_parallel_size {etp} x expert_model_parallel_size {ep} = {etp * ep}"
+    ranks = world_size // parallel.pipeline_model_parallel_size
+    if ranks % (etp * ep):
+        raise RecipeError(f"parallel: {sizes} does not divide the {ranks} ranks of a pipeline stage")
+    if etp * ep % tp and tp % (etp * ep):
+        raise RecipeError(f"parallel: {sizes} and tensor_model_parallel_size {tp} do not divide one another")
 
 
 def _check_pipeline(parallel: Parallel, layers: int) -> None:

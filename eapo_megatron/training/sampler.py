@@ -75,7 +75,7 @@ class Sampler:
         """One group a prompt with one response a seed, the same on every rank."""
         rank, size = self.runtime.data_parallel_rank, self.runtime.data_parallel_size
         mine = list(prompts[rank::size])
-        responses = self.engine.generate([p.token_ids for p in mine], seeds[rank::size], sampling) if mine else []
+        responses = self.engine.generate([p.token_ids for p in mine], seeds[rank::size], sampling)
         verdict = self._score(mine, responses)
         groups: list[Group | None] = [None] * len(prompts)
         failures = 0

@@ -15,7 +15,7 @@ from layouts import LLAMA3_ROPE, MODELS
 
 CONFIGS = {
     "qwen2": MODELS["tied"],
-    **{name: MODELS[name] for name in ("qwen3", "llama", "mistral")},
+    **{name: MODELS[name] for name in ("qwen3", "llama", "mistral", "qwen3_moe", "mixtral")},
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, **LLAMA3_ROPE}
 
@@ -79,7 +79,7 @@ def test_refuses_by_name(model_type: str, changes: dict[str, Any], sentence: str
 @pytest.mark.parametrize(
     ("model_type", "changes", "sentence"),
     [
-        ("gpt_oss", {}, "model_type 'gpt_oss' is not supported (known: llama, mistral, "),
+        ("gpt_oss", {}, "model_type 'gpt_oss' is not supported (known: "),
         ("qwen2", {"rope_scaling": LLAMA3}, "rope type 'llama3' is not supported for model_type qwen2"),
         ("qwen2", {"hidden_size": 30}, "hidden_size 30 is not a multiple of num_attention_heads 4"),
         ("qwen3", {"head_dim": None}, "head_dim is missing for model_type qwen3"),
@@ -95,6 +95,13 @@ def test_refuses_by_name(model_type: str, changes: dict[str, Any], sentence: str
             "rope type 'llama3' with original_max_position_embeddings None is not supported: needs 8192",
         ),
         ("mistral", {"sliding_window": 4096}, "sliding_window 4096 is not supported: set it to null"),
+        ("qwen3_moe", {"num_experts": None}, "num_experts is missing for model_type qwen3_moe"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size is missing for model_type qwen3_moe"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok 1 of 6 experts is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "mlp_only_layers and decoder_sparse_step leave no layer"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5 of 4 experts is not supported"),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window is not supported for model_type mixtral"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is not supported for model_type mixtral"),
     ],
 )
 def test_refuses_what_one_family_lacks(model_type: str, changes: dict[str, Any], sentence: str) -> None:
@@ -148,6 +155,26 @@ def test_plain_rotary_base(model_type: str, given: dict[str, Any]) -> None:
     arguments = family_of(config).gpt_model(config)
     assert arguments["rotary_base"] == 7e4
     assert "rope_scaling" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"mlp_only_layers": []}, 1),
+        ({"mlp_only_layers": [0, 3]}, [0, 1, 1, 0]),
+        ({"mlp_only_layers": [], "decoder_sparse_step": 2}, [0, 1, 0, 1]),
+        ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, [0, 0, 0, 1]),
+        ({"num_experts": None, "num_local_experts": 6}, [1, 0, 1, 1]),
+    ],
+)
+def test_layers_with_experts(changes: dict[str, Any], pattern: int | list[int]) -> None:
+    config = CONFIGS["qwen3_moe"] | changes
+    family = family_of(config)
+    family.validate(config)
+    assert family.transformer_config(config)["moe_layer_freq"] == pattern
+    for layer in range(4):
+        routed = any(weight.name.endswith("router.weight") for weight in family.layer_weights(config, layer))
+        assert routed == (pattern == 1 or bool(pattern[layer]))
 
 
 def test_every_public_model_is_counted() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from eapo_megatron.config import Model, RecipeError
 from eapo_megatron.conversion import from_hf
 from eapo_megatron.models.huggingface import HuggingFaceWeights, RandomWeights, hf_config_of, weight_source
-from hf_reference import tiny_model
+from hf_reference import tensors_of, tiny_model
 from layouts import MODELS
 
 ARCHITECTURE = MODELS["tied"]
@@ -47,7 +47,7 @@ def refuses(folder: Path, sentence: str) -> None:
 
 
 def assert_reads_the_model(source: HuggingFaceWeights, name: str) -> None:
-    for tensor, expected in tiny_model(name).named_parameters():
+    for tensor, expected in tensors_of(tiny_model(name), lambda tensor: tensor).items():
         assert torch.equal(source.read(tensor), expected), tensor
 
 

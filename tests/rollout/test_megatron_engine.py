@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from eapo_megatron.config import Parallel
 from eapo_megatron.rollout.engine import Response
 from hf_reference import tiny_model
 from layouts import LAYOUTS, RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS
 
 Measured = Callable[[str], dict[str, Any]]
 ROLLOUTS = [name for name, layout in LAYOUTS.items() if layout.rollouts]
+JOINED = [name for name in ROLLOUTS if Parallel(**LAYOUTS[name].parallel).experts_join_replicas]
 TIED = [name for name in ROLLOUTS if LAYOUTS[name].model == "tied" and name != "single"]
 
 
@@ -52,6 +54,13 @@ def test_greedy_responses_are_those_of_transformers(name: str, measured: Measure
 @pytest.mark.parametrize("name", TIED)
 def test_responses_do_not_depend_on_the_layout(name: str, sampling: str, measured: Measured) -> None:
     assert_same(measured(name)["rollouts"][sampling], measured("single")["rollouts"][sampling])
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_replicas_that_share_experts_may_have_other_prompts_or_none(name: str, measured: Measured) -> None:
+    rollouts = measured(name)["rollouts"]
+    assert rollouts["apart"].keys() == {1, 3}  # the first of two replicas has none
+    assert_same([rollouts["apart"][place] for place in (1, 3)], [rollouts["sampled"][place] for place in (1, 3)])
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)

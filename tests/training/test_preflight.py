@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from eapo_megatron.config import RecipeError, parse_recipe
-from eapo_megatron.training.preflight import prepare
+from eapo_megatron.config import Parallel, RecipeError, parse_recipe
+from eapo_megatron.training.preflight import check_layout, prepare
 
 ARCHITECTURE = {
     "model_type": "qwen2",
@@ -80,6 +80,56 @@ def test_a_right_recipe_is_prepared(tmp_path: Path) -> None:
 )
 def test_layouts_that_do_not_fit(tmp_path: Path, world_size: int, parallel: dict, sentence: str) -> None:
     assert sentence in refusal(tmp_path, world_size, parallel=parallel)
+
+
+MIXTURE = {**ARCHITECTURE, "model_type": "qwen3_moe"} | {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+}
+SP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "sentence"),
+    [
+        (2, {"tensor_model_parallel_size": 2}, "tensor_model_parallel_size 2 needs sequence_parallel: true"),
+        (4, {"expert_model_parallel_size": 4}, "expert_model_parallel_size 4 does not divide the model's 6 experts"),
+        (4, {"expert_model_parallel_size": 3}, "1 x expert_model_parallel_size 3 = 3 does not divide the 4 ranks"),
+        (
+            4,
+            {"expert_model_parallel_size": 3, "pipeline_model_parallel_size": 2},
+            "does not divide the 2 ranks of a pipeline stage",
+        ),
+        (
+            10,
+            {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 5},
+            "expert_tensor_parallel_size 5 does not divide the experts' width 12",
+        ),
+        (
+            6,
+            {**SP2, "expert_model_parallel_size": 3, "expert_tensor_parallel_size": 1},
+            "= 3 and tensor_model_parallel_size 2 do not divide one another",
+        ),
+    ],
+)
+def test_layouts_that_do_not_fit_experts(tmp_path: Path, world_size: int, parallel: dict, sentence: str) -> None:
+    assert sentence in refusal(tmp_path, world_size, model={"architecture": MIXTURE}, parallel=parallel)
+
+
+def test_layouts_that_fit_experts(tmp_path: Path) -> None:
+    for parallel in (
+        {"expert_model_parallel_size": 2},
+        {**SP2, "expert_model_parallel_size": 2},
+        {**SP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    ):
+        architecture = {**MIXTURE, "intermediate_size": 47}  # of no layer: all have experts
+        check_layout(Parallel(**parallel), architecture, 4)
+
+
+def test_expert_parallelism_needs_experts(tmp_path: Path) -> None:
+    sentence = refusal(tmp_path, 2, parallel={"expert_model_parallel_size": 2})
+    assert "parallel.expert_model_parallel_size 2: the model has no experts" in sentence
 
 
 def test_key_value_heads_and_tensor_parallelism_divide_one_another(tmp_path: Path) -> None:

@@ -150,16 +150,21 @@ def attention_weights(hf: HFConfig, layer: int, *, qkv_bias: bool = False, qk_no
     return weights
 
 
-def mlp_weights(ours: str, theirs: str, hidden: int, ffn: int) -> list[Weight]:
+def mlp_weights(
+    ours: str,
+    theirs: str,
+    hidden: int,
+    ffn: int,
+    *,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    expert: int | None = None,
+) -> list[Weight]:
     """A gated MLP of width `ffn` under the prefixes `ours` and `theirs` (for example layer prefix + "mlp.")."""
+    gate, up, down = (f"{theirs}{name}.weight" for name in names)
+    wide = (ffn, hidden)
     return [
-        Weight(
-            ours + "linear_fc1.weight",
-            (theirs + "gate_proj.weight", theirs + "up_proj.weight"),
-            ((ffn, hidden), (ffn, hidden)),
-            tp_dim=0,
-        ),
-        Weight(ours + "linear_fc2.weight", (theirs + "down_proj.weight",), ((hidden, ffn),), tp_dim=1),
+        Weight(ours + "linear_fc1.weight", (gate, up), (wide, wide), tp_dim=0, expert=expert),
+        Weight(ours + "linear_fc2.weight", (down,), ((hidden, ffn),), tp_dim=1, expert=expert),
     ]
 
 

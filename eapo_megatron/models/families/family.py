@@ -21,7 +21,8 @@ class Weight:
 
     `merge` turns the Hugging Face tensors into Megatron's full (unsharded) parts, `split` inverts it. Each part is
     sharded over tensor-parallel ranks along `tp_dim` (None: replicated), then a rank's shards are concatenated along
-    `tp_dim`: a gated layer has two parts, gate and up.
+    `tp_dim`: a gated layer has two parts, gate and up. A weight of one expert (`expert`: its number over the whole
+    layer) is on the ranks that hold this expert, sharded over expert-tensor-parallel ranks.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Weight:
     merge: Callable[[Sequence[Tensor]], list[Tensor]] = list
     split: Callable[[Sequence[Tensor]], list[Tensor]] = list
     pads_vocabulary: bool = False
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Family:
     layer_weights: Callable[[HFConfig, int], list[Weight]]
     edge_weights: Callable[[HFConfig], list[Weight]]
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    ignored_prefixes: Callable[[HFConfig], tuple[str, ...]] = lambda hf: ()
 
     def validate(self, hf: HFConfig) -> None:
         """Refuses by name what the mapping does not honour.
@@ -72,6 +75,10 @@ class Family:
         """Every weight of the whole model."""
         layers = [weight for layer in range(hf["num_hidden_layers"]) for weight in self.layer_weights(hf, layer)]
         return layers + self.edge_weights(hf)
+
+    def ignores(self, hf: HFConfig, name: str) -> bool:
+        """Whether a checkpoint may hold this tensor beside the model's own."""
+        return name.endswith(self.ignored_suffixes) or name.startswith(self.ignored_prefixes(hf))
 
     def hf_shapes(self, hf: HFConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every Hugging Face tensor of the model."""
