@@ -1,4 +1,4 @@
-"""Greedy tokens of a Hugging Face folder in vLLM, one request a prompt. Arguments: folder, JSON of the prompts, output file."""
+"""Greedy tokens of a Hugging Face folder in vLLM. Arguments: folder, JSON of the prompts, output file."""
 
 from __future__ import annotations
 
