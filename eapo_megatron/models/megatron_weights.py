@@ -119,8 +119,13 @@ class MegatronWeights:
 
 
 def part_shapes(weight: Weight) -> list[tuple[int, ...]]:
-    """The shapes of a parameter's full parts (of one, or of gate and up)."""
-    return [tuple(part.shape) for part in weight.merge([torch.empty(shape, device="meta") for shape in weight.shapes])]
+    """The shapes of a parameter's full parts: gate and up as they are, or what is merged, joined along the first axis.
+
+    Merging meta tensors would tell as well, and import torch._dynamo: seconds.
+    """
+    if weight.merge is list:
+        return list(weight.shapes)
+    return [(sum(shape[0] for shape in weight.shapes), *weight.shapes[0][1:])]
 
 
 def chunks_of(weight: Weight, place: Place, stack: tuple[int, ...], dtype: torch.dtype) -> list[Chunk]:
