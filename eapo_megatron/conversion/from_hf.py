@@ -16,9 +16,9 @@ from eapo_megatron.models import assets
 from eapo_megatron.models.checkpoint_keys import Place, places_to_write, stack_sizes
 from eapo_megatron.models.families import Weight, family_of
 from eapo_megatron.models.huggingface import HuggingFaceWeights
-from eapo_megatron.models.megatron_weights import TRACKER, whole_shape
+from eapo_megatron.models.megatron_weights import TRACKER, chunks_of
 from eapo_megatron.models.tensor_files import listed
-from eapo_megatron.models.torch_dist import Slice, write_torch_dist
+from eapo_megatron.models.torch_dist import Chunk, write_torch_dist
 
 RELEASE = "release"  # what Megatron-LM calls a checkpoint that starts a run: weights alone, iteration 0
 # Before version 3 Megatron-LM reorders the queries, keys and values that it loads.
@@ -40,25 +40,25 @@ def from_hf(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> Non
     places = places_to_write(weights)
     stacks = stack_sizes(places.values())
     dtypes = _dtypes(hf, weights, places) if dtype is None else dict.fromkeys(stacks, dtype)
-    parts = {
-        Slice(place.key, place.at, stacks[place.key], whole_shape(weight), dtypes[place.key]): weight
+    chunks = {
+        chunk: (weight, part)
         for weight in weights
-        for place in [places[weight.name]]
+        for key, at in [places[weight.name]]
+        for part, chunk in enumerate(chunks_of(weight, Place(key, at), stacks[key], dtypes[key]))
     }
     with (
-        progress_of(out.name, sum(part.nbytes for part in parts)) as advance,
+        progress_of(out.name, sum(chunk.nbytes for chunk in chunks)) as advance,
         new_folder(out) as unfinished,
     ):
 
-        def read(part: Slice) -> Tensor:
-            weight = parts[part]
-            merged = weight.merge([hf.read(name).to(part.dtype) for name in weight.hf_names])
-            advance(part.nbytes)
-            return torch.cat(merged, dim=weight.tp_dim) if weight.tp_dim is not None else merged[0]
+        def read(chunk: Chunk) -> Tensor:
+            weight, part = chunks[chunk]
+            advance(chunk.nbytes)
+            return weight.merge([hf.read(name).to(chunk.dtype) for name in weight.hf_names])[part]
 
         release = unfinished / RELEASE
         release.mkdir()
-        write_torch_dist(release, list(parts), read, empty_objects=_extra_states(places.values(), stacks))
+        write_torch_dist(release, list(chunks), read, empty_objects=_extra_states(places.values(), stacks))
         torch.save(COMMON, release / "common.pt")
         (unfinished / TRACKER).write_text(RELEASE)
         (unfinished / assets.FOLDER).mkdir()

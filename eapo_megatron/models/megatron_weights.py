@@ -16,7 +16,7 @@ from eapo_megatron.config import RecipeError
 from eapo_megatron.models.checkpoint_keys import Place, candidate_places
 from eapo_megatron.models.families import Weight, family_of
 from eapo_megatron.models.tensor_files import listed
-from eapo_megatron.models.torch_dist import TorchDistTensors
+from eapo_megatron.models.torch_dist import Chunk, TorchDistTensors
 
 EMBEDDING = "embedding.word_embeddings.weight"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -66,13 +66,12 @@ class MegatronWeights:
 
     def hf_tensors(self, weight: Weight) -> dict[str, Tensor]:
         """One parameter as its Hugging Face tensors by name."""
-        whole = self._tensors.read(*self._places[weight.name])
-        shapes = part_shapes(weight)
-        parts = [whole]
-        if weight.tp_dim is not None:
-            sizes = [shape[weight.tp_dim] for shape in shapes]
-            real = whole.narrow(weight.tp_dim, 0, sum(sizes))  # without the padded vocabulary
-            parts = list(real.split(sizes, dim=weight.tp_dim))
+        place = self._places[weight.name]
+        stack = self._tensors.shape(place.key)[: len(place.at)]
+        parts = [
+            self._tensors.read(chunk).view(chunk.sizes[len(stack) :])
+            for chunk in chunks_of(weight, place, stack, self.dtype(weight))
+        ]
         return dict(zip(weight.hf_names, weight.split(parts), strict=True))
 
     def read(self, name: str) -> Tensor:
@@ -120,8 +119,27 @@ class MegatronWeights:
 
 
 def part_shapes(weight: Weight) -> list[tuple[int, ...]]:
-    """The shapes of a parameter's full parts (of one, or of gate and up)."""
-    return [tuple(part.shape) for part in weight.merge([torch.empty(shape, device="meta") for shape in weight.shapes])]
+    """The shapes of a parameter's full parts: gate and up as they are, or what is merged, joined along the first axis.
+
+    Merging meta tensors would tell as well, and import torch._dynamo: seconds.
+    """
+    if weight.merge is list:
+        return list(weight.shapes)
+    return [(sum(shape[0] for shape in weight.shapes), *weight.shapes[0][1:])]
+
+
+def chunks_of(weight: Weight, place: Place, stack: tuple[int, ...], dtype: torch.dtype) -> list[Chunk]:
+    """Where each of a parameter's parts lies in the checkpoint's tensor, in which `stack` layers and experts lie."""
+    key, at = place
+    whole = (*stack, *whole_shape(weight))
+    chunks, start = [], 0
+    for shape in part_shapes(weight):
+        offsets = [0] * len(shape)
+        if weight.tp_dim is not None:
+            offsets[weight.tp_dim] = start
+            start += shape[weight.tp_dim]
+        chunks.append(Chunk(key, (*at, *offsets), (*(1 for _ in at), *shape), whole, dtype))
+    return chunks
 
 
 def whole_shape(weight: Weight) -> tuple[int, ...]:
