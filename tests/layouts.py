@@ -49,6 +49,54 @@ MODELS |= {
     "qwen3_moe": _EXPERTS
     | {"model_type": "qwen3_moe", "head_dim": 12, "num_experts": 6, "norm_topk_prob": True, "mlp_only_layers": [1]},
     "qwen3_moe, bare": _EXPERTS | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 3},
+    "deepseek_v3": _EXPERTS
+    | {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 18,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 14,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 12,
+        "rms_norm_eps": 1e-3,
+        "eos_token_id": None,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 2.0,
+            "beta_slow": 1.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+        },
+    },
+    "moonlight": _EXPERTS
+    | {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.4,
+        "first_k_dense_replace": 0,
+        "q_lora_rank": None,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 10,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": None,
+        "num_nextn_predict_layers": 0,
+    },
     "mixtral": _EXPERTS | {"model_type": "mixtral", "num_local_experts": 4, "rms_norm_eps": 1e-5, "eos_token_id": None},
 }
 
@@ -123,7 +171,7 @@ LAYOUTS |= {
 }
 EP2 = {"expert_model_parallel_size": 2}
 ETP1 = {"expert_tensor_parallel_size": 1}
-MIXTURES = ("qwen3_moe", "mixtral")
+MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
 LAYOUTS |= {
     f"{name}, {model}": replace(layout, model=model)
     for model in MIXTURES
@@ -135,6 +183,14 @@ LAYOUTS |= {
         "EP2": Layout(2, EP2, micro_batch_size=1, rollouts=True),
         "EP2 PP2": Layout(4, EP2 | PP2, rollouts=True),
     }.items()
+}
+LAYOUTS |= {
+    "single, moonlight": Layout(1, model="moonlight", rollouts=True),
+    "single, deepseek_v3, Adam": Layout(1, model="deepseek_v3", optimizer="adam", resumes=True),
+    "TP2 SP EP2, moonlight": Layout(2, TP2 | SP | EP2 | ETP1, model="moonlight", recompute="selective"),
+    "EP2, deepseek_v3, bfloat16": Layout(
+        2, EP2 | SHARDED, model="deepseek_v3", optimizer="adam", dtype="bfloat16", resumes=True
+    ),
 }
 LAYOUTS |= {
     f"{name}, qwen3_moe, bare": replace(layout, model="qwen3_moe, bare")

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from eapo_megatron.models.experts import Router
+from eapo_megatron.models.latent_attention import LatentNorm, LatentSelfAttention
 from eapo_megatron.models.layers import CachingSelfAttention, RMSNorm, ScaledDotProductAttention
 
 
@@ -20,20 +21,42 @@ def block_spec(
         config, transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
     for layer in block.layer_specs:
-        _adapt(layer, qk_layernorm=config.qk_layernorm, transformer_engine=transformer_engine)
+        _adapt(layer, config, transformer_engine=transformer_engine)
     if not transformer_engine:
         block.layer_norm = RMSNorm
     return block
 
 
-def _adapt(layer: ModuleSpec, *, qk_layernorm: bool, transformer_engine: bool) -> None:
+def _adapt(layer: ModuleSpec, config: TransformerConfig, *, transformer_engine: bool) -> None:
     parts = layer.submodules
-    attention = parts.self_attention
-    attention.module = CachingSelfAttention
-    attention.submodules.core_attention = ScaledDotProductAttention
-    if parts.mlp.module is MoELayer:
+    attention = parts.self_attention.submodules
+    attention.core_attention = ScaledDotProductAttention
+    latent = config.multi_latent_attention
+    if latent:
+        parts.self_attention.module = LatentSelfAttention
+        attention.q_layernorm = attention.kv_layernorm = LatentNorm
+    else:
+        parts.self_attention.module = CachingSelfAttention
+    has_experts = parts.mlp.module is MoELayer
+    if has_experts:
         parts.mlp.submodules.router = Router
     if not transformer_engine:
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-        if qk_layernorm:
-            attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    parts.sharded_state_dict_keys_map = _fused_norms(
+        latent=latent, has_experts=has_experts, transformer_engine=transformer_engine
+    )
+
+
+def _fused_norms(*, latent: bool, has_experts: bool, transformer_engine: bool) -> dict[str, str]:
+    """The names of norms in checkpoints: those of Transformer Engine's specs, which fuse norms into linear layers."""
+    names = {}
+    if latent:
+        names["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
+        names["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj.layer_norm_"
+    if not latent and not transformer_engine:
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if not has_experts and not transformer_engine:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return names

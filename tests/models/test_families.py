@@ -15,8 +15,9 @@ from layouts import LLAMA3_ROPE, MODELS
 
 CONFIGS = {
     "qwen2": MODELS["tied"],
-    **{name: MODELS[name] for name in ("qwen3", "llama", "mistral", "qwen3_moe", "mixtral")},
+    **{name: MODELS[name] for name in ("qwen3", "llama", "mistral", "qwen3_moe", "mixtral", "deepseek_v3")},
 }
+YARN = MODELS["deepseek_v3"]["rope_scaling"]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, **LLAMA3_ROPE}
 
 PARAMETERS = {
@@ -64,7 +65,7 @@ def refusal(config: dict[str, Any]) -> str:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported for model_type {}"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"num_key_value_heads": None}, "num_key_value_heads is missing for model_type {}"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported for model_type {}"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope type 'longrope' is not supported for model_type"),
         ({"rope_scaling": None, "rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope_parameters of full_attention: one set"),
@@ -95,6 +96,8 @@ def test_refuses_by_name(model_type: str, changes: dict[str, Any], sentence: str
             "rope type 'llama3' with original_max_position_embeddings None is not supported: needs 8192",
         ),
         ("mistral", {"sliding_window": 4096}, "sliding_window 4096 is not supported: set it to null"),
+        ("qwen2", {"rope_scaling": YARN}, "rope type 'yarn' is not supported for model_type qwen2"),
+        ("qwen3_moe", {"rope_scaling": YARN}, "rope type 'yarn' is not supported for model_type qwen3_moe"),
         ("qwen3_moe", {"num_experts": None}, "num_experts is missing for model_type qwen3_moe"),
         ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size is missing for model_type qwen3_moe"),
         ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok 1 of 6 experts is not supported"),
@@ -175,6 +178,74 @@ def test_layers_with_experts(changes: dict[str, Any], pattern: int | list[int]) 
     for layer in range(4):
         routed = any(weight.name.endswith("router.weight") for weight in family.layer_weights(config, layer))
         assert routed == (pattern == 1 or bool(pattern[layer]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported for model_type deepseek_v3"),
+        ({"topk_method": "greedy"}, "topk_method 'greedy' is not supported"),
+        ({"norm_topk_prob": False}, "norm_topk_prob False is not supported"),
+        ({"rope_interleave": False}, "rope_interleave False is not supported"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported"),
+        ({"kv_lora_rank": None}, "kv_lora_rank is missing"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads must equal num_attention_heads"),
+        ({"first_k_dense_replace": 4}, "first_k_dense_replace leaves no layer with experts"),
+        ({"n_shared_experts": 0}, "n_shared_experts must be at least 1"),
+        ({"n_group": 3}, "n_group 3 and topk_group 2 do not fit 8 experts"),
+        ({"topk_group": 5}, "n_group 4 and topk_group 5 do not fit 8 experts"),
+        ({"topk_group": 3}, "topk_group 3 of n_group 4 with num_experts_per_tok 4 is not supported"),
+        ({"rope_scaling": YARN | {"factor": None}}, "rope type 'yarn' lacks its factor"),
+        (
+            {"rope_scaling": YARN | {"original_max_position_embeddings": None}},
+            "rope type 'yarn' lacks its original_max",
+        ),
+        ({"rope_scaling": YARN | {"mscale": None}}, "rope type 'yarn' with mscale_all_dim and without mscale"),
+        ({"rope_scaling": YARN | {"attention_factor": 1.0}}, "rope type 'yarn' with attention_factor is not supported"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "rope type 'yarn' with truncate is not supported"),
+    ],
+)
+def test_refuses_what_deepseek_v3_lacks(changes: dict[str, Any], sentence: str) -> None:
+    assert refusal(CONFIGS["deepseek_v3"] | changes).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {},
+        {"mscale": 1.0, "mscale_all_dim": None},
+        {"mscale": None, "mscale_all_dim": None, "beta_fast": None, "beta_slow": None},
+        {"factor": 4.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "mscale": 1.0},
+    ],
+)
+def test_yarn_frequencies_and_scales_are_those_of_transformers(
+    scaling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.models.common.embeddings import YarnRotaryEmbedding, _yarn_get_mscale
+    from transformers import DeepseekV3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
+
+    given = {key: value for key, value in (YARN | scaling).items() if value is not None}
+    config = CONFIGS["deepseek_v3"] | {"qk_rope_head_dim": 32, "rope_theta": 5e4, "rope_scaling": given}
+    family_of(config).validate(config)
+    ours = family_of(config).transformer_config(config)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    rotary = YarnRotaryEmbedding(
+        kv_channels=32,
+        rotary_base=ours["rotary_base"],
+        scaling_factor=ours["rotary_scaling_factor"],
+        original_max_position_embeddings=ours["original_max_position_embeddings"],
+        use_cpu_initialization=True,
+        **{key: ours[key] for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
+    )
+    angles, concentration = rotary(2)
+    hf_config = DeepseekV3Config(**config)
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](hf_config)
+    torch.testing.assert_close(angles[1].flatten()[:16], frequencies, rtol=1e-6, atol=0)
+    assert concentration == pytest.approx(factor, rel=1e-9)
+    softmax_scale = _yarn_get_mscale(ours["rotary_scaling_factor"], ours["mscale_all_dim"]) ** 2
+    assert softmax_scale == pytest.approx(yarn_apply_mscale(hf_config.rope_parameters, 1.0), rel=1e-9)
 
 
 def test_every_public_model_is_counted() -> None:

@@ -71,6 +71,15 @@ def test_allows_rotary_frequencies_and_a_copy_of_the_tied_head(folder: Path) -> 
     assert_reads_the_model(HuggingFaceWeights(folder), "tied")
 
 
+def test_leaves_aside_layers_for_multi_token_prediction(model_folders: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folders / "deepseek_v3", tmp_path / "model"))
+    edit_config(folder, num_nextn_predict_layers=1)
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.4.eh_proj.weight": torch.ones(2, 4)}))
+    assert_reads_the_model(HuggingFaceWeights(folder), "deepseek_v3")
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.5.eh_proj.weight": torch.ones(2, 4)}))
+    refuses(folder, f"model.path {folder}: unexpected tensors: model.layers.5.eh_proj.weight")
+
+
 def test_names_missing_tensors(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
     refuses(folder, f"model.path {folder}: missing tensors: model.layers.2.mlp.up_proj.weight")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from eapo_megatron.models.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from eapo_megatron.models.families import deepseek_v3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from eapo_megatron.models.families.family import Family, UnsupportedModelError, Weight
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (deepseek_v3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)
 }
 
 
