@@ -5,8 +5,10 @@ Arguments: the folder of the models, the folder with what `from_hf` made of them
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -16,52 +18,61 @@ from eapo_megatron.config import Model, Optimizer, Parallel
 from eapo_megatron.models.checkpoint import Checkpoints, init_optimizer_state, load_policy_weights
 from eapo_megatron.models.conversion import load_weights
 from eapo_megatron.models.huggingface import HuggingFaceWeights
-from eapo_megatron.models.policy_model import build_policy
-from eapo_megatron.models.runtime import start_runtime, stop_runtime
+from eapo_megatron.models.policy_model import build_policy, named_weights
+from eapo_megatron.models.runtime import Runtime, start_runtime, stop_runtime
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
 from eapo_megatron.training.optimizer import build_optimizer
-from layouts import MODELS, PP2, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, TP2
+from launch import free_port
+from layouts import EP2, MODELS, PP2, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, TP2
 
 
 def main(models: Path, converted: Path, out: Path) -> None:
-    parallel = Parallel(**TP2, **PP2)
-    runtime = start_runtime(parallel, seed=1)
     results = {}
-    for name in MODELS:
-        source = HuggingFaceWeights(models / name)
-        model = Model(path=str(source.folder), dtype="float32")
-        policy = build_policy(source.hf_config, model, parallel, runtime)
-        load_weights(policy, source)
-        expected = [parameter.detach().clone() for module in policy.modules for parameter in module.parameters()]
-        for module in policy.modules:
-            for parameter in module.parameters():
-                parameter.data.fill_(torch.nan)
-        load_policy_weights(converted / name / "release", policy)
-        loaded = [parameter.detach() for module in policy.modules for parameter in module.parameters()]
-        engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=64)
-        greedy = engine.generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, measure_rollouts.GREEDY)
-        results[name] = {
-            "loaded": all(runtime.gather_objects(all(map(torch.equal, loaded, expected)))),
-            "greedy": [[response.tokens for response in group] for group in greedy],
-        }
-        optimizer = build_optimizer(policy, Optimizer())
-        init_optimizer_state(optimizer.megatron)
-        checkpoints = Checkpoints(out / name / "checkpoints", keep_last=9, keep_best=0)
-        checkpoints.save(9, policy, optimizer.megatron, optimizer.schedule, {"score": None})
-        for module in policy.modules:
-            for parameter in module.parameters():
-                parameter.data.zero_()
-        checkpoints.save(2, policy, optimizer.megatron, optimizer.schedule, {"score": 1.0})
-        load_policy_weights(checkpoints.path(9), policy)
-        nemo = out / name / "nemo" / "weights"
-        if runtime.is_main:
-            nemo.mkdir(parents=True)
-        torch.distributed.barrier()
-        (module,) = policy.modules
-        dist_checkpointing.save({"state_dict": module.sharded_state_dict(prefix="module.")}, str(nemo))
-    if runtime.is_main:
+    mixtures = [name for name, settings in MODELS.items() if "num_experts_per_tok" in settings]
+    for layout, names in ((TP2 | PP2, [name for name in MODELS if name not in mixtures]), (EP2 | PP2, mixtures)):
+        parallel = Parallel(**layout)
+        runtime = start_runtime(parallel, seed=1)
+        results |= {name: measure(name, parallel, runtime, models, converted, out) for name in names}
+        os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
+        is_main = runtime.is_main
+        stop_runtime()
+    if is_main:
         torch.save(results, out / "results.pt")
-    stop_runtime()
+
+
+def measure(
+    name: str, parallel: Parallel, runtime: Runtime, models: Path, converted: Path, out: Path
+) -> dict[str, Any]:
+    source = HuggingFaceWeights(models / name)
+    model = Model(path=str(source.folder), dtype="float32")
+    policy = build_policy(source.hf_config, model, parallel, runtime)
+    load_weights(policy, source)
+    tensors = [tensor for module in policy.modules for _, tensor, _ in named_weights(module, policy.hf_config)]
+    expected = [tensor.detach().clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.data.fill_(torch.nan)
+    load_policy_weights(converted / name / "release", policy)
+    same = all(map(torch.equal, tensors, expected))
+    engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=64)
+    greedy = engine.generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, measure_rollouts.GREEDY)
+    optimizer = build_optimizer(policy, Optimizer())
+    init_optimizer_state(optimizer.megatron)
+    checkpoints = Checkpoints(out / name / "checkpoints", keep_last=9, keep_best=0)
+    checkpoints.save(9, policy, optimizer.megatron, optimizer.schedule, {"score": None})
+    for tensor in tensors:
+        tensor.data.zero_()
+    checkpoints.save(2, policy, optimizer.megatron, optimizer.schedule, {"score": 1.0})
+    load_policy_weights(checkpoints.path(9), policy)
+    nemo = out / name / "nemo" / "weights"
+    if runtime.is_main:
+        nemo.mkdir(parents=True)
+    torch.distributed.barrier()
+    (module,) = policy.modules
+    dist_checkpointing.save({"state_dict": module.sharded_state_dict(prefix="module.")}, str(nemo))
+    return {
+        "loaded": all(runtime.gather_objects(same)),
+        "greedy": [[response.tokens for response in group] for group in greedy],
+    }
 
 
 if __name__ == "__main__":
