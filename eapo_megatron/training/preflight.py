@@ -64,11 +64,12 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         loss = check_algorithm(recipe)
         hf_config = hf_config_of(recipe.model, source=source)
         check_layout(recipe.parallel, hf_config, world_size)
+        check_lengths(recipe, hf_config)
         check_trackers(recipe.logging)
         check_run_folder(recipe)
         tokenizer = _tokenizer(recipe)
         train, held_out, dropped = _prompts(recipe, tokenizer)
-        _check_sizes(recipe, hf_config, tokenizer)
+        _check_tokens(recipe, hf_config, tokenizer)
         weight_source(recipe.model, hf_config, recipe.seed)
     except RecipeError:
         raise
@@ -261,13 +262,17 @@ def _field_mapping(data: Data) -> dict[str, Any]:
     return {**LAYOUTS[data.layout], **{key: field for key, field in own.items() if field is not None}}
 
 
-def _check_sizes(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_lengths(recipe: Recipe, hf_config: Mapping[str, Any]) -> None:
+    """Whether prompts and responses fit the model's positions."""
     longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
     if longest > hf_config["max_position_embeddings"]:
         raise RecipeError(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
             f"max_position_embeddings {hf_config['max_position_embeddings']}"
         )
+
+
+def _check_tokens(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > hf_config["vocab_size"]:
         raise RecipeError(
             f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {hf_config['vocab_size']}"
