@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [1],
     },
 }
-_LATENT = _DENSE | {
+_LATENT = {key: value for key, value in _DENSE.items() if key != "head_dim"} | {
     "model_type": "deepseek_v3",
     "num_key_value_heads": 8,
     "moe_intermediate_size": 64,

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eapo_megatron.planning.gpus import RESERVED
+from eapo_megatron.planning.gpus import MIB, RESERVED
 from eapo_megatron.planning.layout import Layout
 from eapo_megatron.planning.plan import Plan
 from eapo_megatron.planning.search import MAX_NODES, overrides_of
@@ -21,12 +21,23 @@ def print_plan(plan: Plan, console: Console) -> None:
     layout = plan.layout
     shape = layout.shape
     active = f", {shape.active_parameters:,} active a token" if shape.num_experts else ""
-    console.print(f"{layout.recipe.name}: {shape.total_parameters:,} parameters{active} ({plan.config_source})")
-    console.print(f"{layout.world_size} GPUs: {_sizes(layout)}")
+    console.print(
+        f"{layout.recipe.name}: {shape.total_parameters:,} parameters{active} ({plan.config_source})", soft_wrap=True
+    )
+    console.print(f"{layout.world_size} ranks: {_sizes(layout)}", soft_wrap=True)
     console.print(_memory_table(plan))
     console.print(_work_table(plan))
     for line in _verdict(plan):
         console.print(line, soft_wrap=True)
+
+
+def _size(count: float) -> str:
+    """Bytes, in GiB unless they are few."""
+    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / MIB:,.1f} MiB"
+
+
+def _teraflops(count: float) -> str:
+    return f"{count / 1e12:,.0f}" if count >= 1e13 else f"{count / 1e12:.2g}"
 
 
 def _sizes(layout: Layout) -> str:
@@ -45,7 +56,7 @@ def _memory_table(plan: Plan) -> Table:
     memory, layout = plan.memory, plan.layout
     recipe = layout.recipe
     stage = f", of stage {memory.stage + 1} of {layout.pp}" if layout.pp > 1 else ""
-    table = Table("memory of the fullest rank" + stage, "GiB", "", box=box.SIMPLE)
+    table = Table("memory of the fullest rank" + stage, "", "", box=box.SIMPLE)
     table.columns[1].justify = "right"
     on_last_stage = memory.stage == layout.pp - 1
     rows = {
@@ -53,7 +64,7 @@ def _memory_table(plan: Plan) -> Table:
         "gradients": (memory.gradients, "float32"),
         "optimizer": (
             memory.optimizer,
-            f"over {layout.dp} ranks" if layout.parallel.use_distributed_optimizer else "on every rank",
+            "divided over data-parallel ranks" if layout.parallel.use_distributed_optimizer else "whole on every rank",
         ),
         "training: activations": (
             memory.activations,
@@ -61,7 +72,7 @@ def _memory_table(plan: Plan) -> Table:
         ),
         "training: fused head": (
             memory.head,
-            f"logits would take {memory.logits / GIB:.2f}" if on_last_stage else "on the last stage",
+            f"logits would take {_size(memory.logits)}" if on_last_stage else "on the last stage",
         ),
         "rollout: KV cache": (
             memory.kv_cache,
@@ -72,17 +83,17 @@ def _memory_table(plan: Plan) -> Table:
         "rollout: sampling": (memory.sampling, "" if on_last_stage else "on the last stage"),
     }
     for part, (size, note) in rows.items():
-        table.add_row(part, f"{size / GIB:.2f}", note)
+        table.add_row(part, _size(size), note)
     table.add_section()
-    table.add_row("peak in training", f"{memory.training_peak / GIB:.2f}", "")
-    table.add_row("peak in rollout", f"{memory.rollout_peak / GIB:.2f}", "")
+    table.add_row("peak in training", _size(memory.training_peak), "")
+    table.add_row("peak in rollout", _size(memory.rollout_peak), "")
     return table
 
 
 def _work_table(plan: Plan) -> Table:
     """Per rank; a group of one rank sends nothing."""
     layout = plan.layout
-    table = Table("one step, a rank", "TFLOP", "TP GiB", "PP GiB", "DP GiB", "EP GiB", box=box.SIMPLE)
+    table = Table("one step", "TFLOP", "TP sends", "PP sends", "DP sends", "EP sends", box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for phase, work in plan.work.items():
@@ -90,12 +101,12 @@ def _work_table(plan: Plan) -> Table:
         sizes = [sent.tp, sent.pp, sent.dp, sent.ep]
         table.add_row(
             phase,
-            f"{work.flops / layout.world_size / 1e12:,.1f}",
-            *(f"{size / GIB:,.2f}" if size else "-" for size in sizes),
+            _teraflops(work.flops / layout.world_size),
+            *(_size(size) if size else "-" for size in sizes),
         )
     table.caption = (
         f"{layout.responses_per_step} responses at full length, {layout.optimizer_steps} optimizer steps; "
-        "GiB sent by the rank that sends most"
+        "each rank; of bytes, the rank that sends most"
     )
     table.caption_justify = "left"
     return table
@@ -106,11 +117,11 @@ def _verdict(plan: Plan) -> Iterator[str]:
     if plan.usable is None:
         yield "cluster.gpu names no GPU to judge by."
         return
-    room = f"{plan.usable / GIB:.1f} GiB of a {gpu} ({RESERVED:.0%} kept free)"
+    room = f"{_size(memory.peak)} of the {_size(plan.usable)} of a {gpu} ({RESERVED:.0%} of it kept free)"
     if plan.fits:
-        yield f"Fits: {memory.peak / GIB:.1f} of {room}."
+        yield f"Fits: {room}."
         return
-    yield f"Does not fit: {memory.peak / GIB:.1f} of {room}."
+    yield f"Does not fit: {room}."
     if plan.smallest is None:
         yield f"No layout on up to {MAX_NODES} nodes does: lower train.micro_batch_size or rollout.max_batch_size."
         return

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from eapo_megatron.planning.activations import FLOAT32
 from eapo_megatron.planning.layout import Layout
-from eapo_megatron.planning.shape import Layer
+from eapo_megatron.planning.shape import Layer, ModelShape
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,44 @@ class Work:
 
 def step_work(layout: Layout) -> dict[str, Work]:
     """The work of one step by phase: rollout (one round of sampling), scoring by the old policy, training."""
-    recipe = layout.recipe
-    prompts, length = recipe.data.max_prompt_tokens, layout.sequence_length
+    recipe, shape = layout.recipe, layout.shape
+    prompt, length = recipe.data.max_prompt_tokens, layout.sequence_length
+    prefilled = recipe.train.num_prompts_per_step * prompt
     answered = layout.responses_per_step * recipe.rollout.max_response_tokens
     read = layout.responses_per_step * length
-    prefilled = recipe.train.num_prompts_per_step * prompts
 
-    layers, head = read * _matmul_flops(layout), answered * 2 * layout.shape.hidden_size * layout.shape.vocab_size
-    attention = read * _attention_flops(layout, length / 2)
-    decoding = prefilled * _attention_flops(layout, prompts / 2) + answered * _attention_flops(
-        layout, (prompts + length) / 2
-    )
-    forward = layers + attention + head
+    head = answered * head_flops(shape)
+    layers, attention = read * matmul_flops(shape), read * attention_flops(shape, length / 2)
     again = {"none": 0.0, "selective": attention, "full": layers + attention}[recipe.model.recompute]
+    scoring = layers + attention + head
+    looked_back = prefilled * attention_flops(shape, prompt / 2) + answered * attention_flops(
+        shape, (prompt + length) / 2
+    )
     flops = {
-        "rollout": (prefilled + answered) * _matmul_flops(layout) + decoding + head,
-        "scoring": forward,
-        "training": 3 * forward + again + head,  # the fused head's logits come again
+        "rollout": (prefilled + answered) * matmul_flops(shape) + looked_back + head,
+        "scoring": scoring,
+        "training": 3 * scoring + again + head,  # the fused head's backward pass computes its logits again
     }
     stages = [stage_traffic(layout, stage) for stage in range(layout.pp)]
     return {
         phase: Work(count, max((stage[phase] for stage in stages), key=lambda traffic: traffic.total))
         for phase, count in flops.items()
     }
+
+
+def matmul_flops(shape: ModelShape) -> int:
+    """Of one token in the matrices of all layers."""
+    return sum(2 * (layer.matmul + shape.chosen_experts(layer)) for layer in shape.layers)
+
+
+def attention_flops(shape: ModelShape, context: float) -> float:
+    """Of one token in the scores and sums of all layers, over `context` tokens."""
+    return len(shape.layers) * 2 * context * shape.heads * (shape.key_width + shape.value_width)
+
+
+def head_flops(shape: ModelShape) -> int:
+    """Of one token in the LM head."""
+    return 2 * shape.hidden_size * shape.vocab_size
 
 
 def stage_traffic(layout: Layout, stage: int) -> dict[str, Traffic]:
@@ -77,18 +92,6 @@ def stage_traffic(layout: Layout, stage: int) -> dict[str, Traffic]:
         "scoring": _forward(layout, stage),
         "training": _training(layout, stage),
     }
-
-
-def _matmul_flops(layout: Layout) -> float:
-    """Of one token in the matrices of all layers."""
-    shape = layout.shape
-    return sum(2 * (layer.matmul + shape.chosen_experts(layer)) for layer in shape.layers)
-
-
-def _attention_flops(layout: Layout, context: float) -> float:
-    """Of one token in the scores and sums of all layers, over `context` tokens."""
-    shape = layout.shape
-    return len(shape.layers) * 2 * context * shape.heads * (shape.key_width + shape.value_width)
 
 
 def _rollout(layout: Layout, stage: int) -> Traffic:

@@ -182,6 +182,8 @@ def _check_pipeline(parallel: Parallel, layers: int) -> None:
         raise RecipeError(f"parallel: {split} leaves a stage empty or layers over")
     if middle_stages and middle_layers % middle_stages:
         raise RecipeError(f"parallel: {split} does not divide evenly")
+    if chunks > 1 and middle_stages == 0:
+        raise RecipeError(f"parallel: {split} leaves no stage between them, which interleaving needs: give one of them")
     for size in [*edges, middle_layers // middle_stages if middle_stages else layers]:
         if size % chunks:
             raise RecipeError(
