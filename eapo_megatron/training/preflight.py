@@ -60,6 +60,8 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
     Raises:
         RecipeError: one sentence naming the key, the file or the tensor; `source` is the recipe's file.
     """
+    if recipe.rollout.engine != "megatron":
+        raise RecipeError(f"{source}: rollout.engine {recipe.rollout.engine} is not available yet: use megatron")
     try:
         loss = check_algorithm(recipe)
         hf_config = hf_config_of(recipe.model, source=source)
@@ -282,5 +284,3 @@ def _check_tokens(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTr
     for token in recipe.rollout.stop_token_ids:
         if not 0 <= token < hf_config["vocab_size"]:
             raise RecipeError(f"rollout.stop_token_ids: {token} is not a token of the model")
-    if recipe.rollout.engine != "megatron":
-        raise RecipeError(f"rollout.engine {recipe.rollout.engine} is not available: use megatron")
