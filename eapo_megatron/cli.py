@@ -1,4 +1,4 @@
-"""The command line: `eapo-megatron train RECIPE [key.path=value ...]`, `eapo-megatron convert to-hf | from-hf`."""
+"""The command line: `eapo-megatron train | plan RECIPE [key.path=value ...]`, `convert to-hf | from-hf`."""
 
 from __future__ import annotations
 
@@ -55,6 +55,26 @@ def train(
         raise RecipeError(f"{recipe}: cluster.num_nodes {settings.cluster.num_nodes} needs srun or torchrun")
     _prepare(settings, settings.cluster.world_size, source=recipe)
     raise typer.Exit(run_local_ranks(settings.cluster.world_size, ["train", recipe, *overrides]))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, such as recipes/NAME.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
+) -> None:
+    """Prints a recipe's parameters, memory, work and communication, without a GPU or the weights.
+
+    Exit code 1 says that it does not fit the GPU that cluster.gpu names.
+    """
+    from rich.console import Console
+
+    from eapo_megatron.planning.plan import make_plan  # torch: seconds
+    from eapo_megatron.planning.report import print_plan
+
+    planned = make_plan(load_recipe(recipe, overrides or []), source=recipe)
+    print_plan(planned, Console())
+    if planned.fits is False:
+        raise typer.Exit(1)
 
 
 @convert.command("to-hf")

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+GPUS = Literal["a100-40gb", "a100-80gb", "a800-80gb", "h100-80gb", "h800-80gb", "h200-141gb", "b200-180gb", "l40s-48gb"]
 GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 
 
@@ -37,6 +38,7 @@ class Cluster(Section):
     num_nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpu: GPUS | None = None  # whose memory `plan` judges by
     timeout_minutes: float = Field(30.0, gt=0)  # of any collective: a hung run ends, its checkpoints intact
 
     @property

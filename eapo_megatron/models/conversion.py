@@ -8,9 +8,9 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from eapo_megatron.models.families import Weight
+from eapo_megatron.models.families import Weight, padded_vocab_size
 from eapo_megatron.models.huggingface import WeightSource
-from eapo_megatron.models.policy_model import Policy, named_weights, padded_vocab_size
+from eapo_megatron.models.policy_model import Policy, named_weights
 
 
 def load_weights(policy: Policy, source: WeightSource) -> None:

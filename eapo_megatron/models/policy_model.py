@@ -27,7 +27,7 @@ from torch import Tensor
 
 from eapo_megatron.config import Model, Parallel
 from eapo_megatron.models.block import block_spec
-from eapo_megatron.models.families import Weight, family_of
+from eapo_megatron.models.families import Weight, family_of, padded_vocab_size
 from eapo_megatron.models.runtime import Runtime
 
 SEQUENCE_PARALLEL_ATTRIBUTES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -164,12 +164,6 @@ def _global_name(module: PolicyChunk, name: str) -> str:
         expert = layer.mlp.local_expert_indices[int(local_expert[0])]
         rest = f"{rest[: local_expert.start()]}{expert}{rest[local_expert.end() :]}"
     return f"decoder.layers.{layer.layer_number - 1}.{rest}"
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """The vocabulary rounded up so that every tensor-parallel rank has the same multiple of 8 columns."""
-    multiple = 8 * tensor_parallel_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(

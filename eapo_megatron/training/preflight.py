@@ -60,15 +60,18 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
     Raises:
         RecipeError: one sentence naming the key, the file or the tensor; `source` is the recipe's file.
     """
+    if recipe.rollout.engine != "megatron":
+        raise RecipeError(f"{source}: rollout.engine {recipe.rollout.engine} is not available yet: use megatron")
     try:
         loss = check_algorithm(recipe)
         hf_config = hf_config_of(recipe.model, source=source)
         check_layout(recipe.parallel, hf_config, world_size)
+        check_lengths(recipe, hf_config)
         check_trackers(recipe.logging)
         check_run_folder(recipe)
         tokenizer = _tokenizer(recipe)
         train, held_out, dropped = _prompts(recipe, tokenizer)
-        _check_sizes(recipe, hf_config, tokenizer)
+        _check_tokens(recipe, hf_config, tokenizer)
         weight_source(recipe.model, hf_config, recipe.seed)
     except RecipeError:
         raise
@@ -181,6 +184,8 @@ def _check_pipeline(parallel: Parallel, layers: int) -> None:
         raise RecipeError(f"parallel: {split} leaves a stage empty or layers over")
     if middle_stages and middle_layers % middle_stages:
         raise RecipeError(f"parallel: {split} does not divide evenly")
+    if chunks > 1 and middle_stages == 0:
+        raise RecipeError(f"parallel: {split} leaves no stage between them, which interleaving needs: give one of them")
     for size in [*edges, middle_layers // middle_stages if middle_stages else layers]:
         if size % chunks:
             raise RecipeError(
@@ -261,13 +266,17 @@ def _field_mapping(data: Data) -> dict[str, Any]:
     return {**LAYOUTS[data.layout], **{key: field for key, field in own.items() if field is not None}}
 
 
-def _check_sizes(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_lengths(recipe: Recipe, hf_config: Mapping[str, Any]) -> None:
+    """Whether prompts and responses fit the model's positions."""
     longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
     if longest > hf_config["max_position_embeddings"]:
         raise RecipeError(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
             f"max_position_embeddings {hf_config['max_position_embeddings']}"
         )
+
+
+def _check_tokens(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > hf_config["vocab_size"]:
         raise RecipeError(
             f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {hf_config['vocab_size']}"
@@ -275,5 +284,3 @@ def _check_sizes(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTra
     for token in recipe.rollout.stop_token_ids:
         if not 0 <= token < hf_config["vocab_size"]:
             raise RecipeError(f"rollout.stop_token_ids: {token} is not a token of the model")
-    if recipe.rollout.engine != "megatron":
-        raise RecipeError(f"rollout.engine {recipe.rollout.engine} is not available: use megatron")

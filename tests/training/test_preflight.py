@@ -75,6 +75,16 @@ def test_a_right_recipe_is_prepared(tmp_path: Path) -> None:
             {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
             "virtual_pipeline_model_parallel_size 4 does not divide the 2 layers",
         ),
+        (
+            2,
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "num_layers_in_first_pipeline_stage": 2,
+                "num_layers_in_last_pipeline_stage": 2,
+            },
+            "leaves no stage between them, which interleaving needs",
+        ),
         (1, {"num_layers_in_first_pipeline_stage": 1}, "need pipeline_model_parallel_size > 1"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eapo_megatron.models.families import deepseek_v3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
-from eapo_megatron.models.families.family import Family, UnsupportedModelError, Weight
+from eapo_megatron.models.families.family import Family, UnsupportedModelError, Weight, padded_vocab_size
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -25,4 +25,4 @@ def family_of(hf_config: dict) -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "UnsupportedModelError", "Weight", "family_of"]
+__all__ = ["FAMILIES", "Family", "UnsupportedModelError", "Weight", "family_of", "padded_vocab_size"]

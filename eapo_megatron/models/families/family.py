@@ -87,3 +87,9 @@ class Family:
             for weight in self.weights(hf)
             for name, shape in zip(weight.hf_names, weight.shapes, strict=True)
         }
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up so that every tensor-parallel rank has the same multiple of 8 columns."""
+    multiple = 8 * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple

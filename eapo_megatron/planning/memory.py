@@ -1,0 +1,134 @@
+"""Memory of one rank, by part.
+
+Parameters, gradients and optimizer state stay for the whole run. On top of them come, in turn, what training holds of
+its micro-batches and what rollouts hold. Not counted: the CUDA context, NCCL's buffers, fragmentation and the
+short-lived results of single operations, for which `gpus.RESERVED` is kept free.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from eapo_megatron.planning.activations import FLOAT32, layer_bytes, recomputed_layer_bytes
+from eapo_megatron.planning.layout import Layout
+
+# float32 log-probs (4), in float64 (8), exponentiated (8) and summed up (8), of every entry of the vocabulary
+SAMPLING_BYTES = 28
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on each rank of one pipeline stage."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int  # of a micro-batch's response tokens, through the fused head
+    logits: int  # what their logits and gradient would take instead
+    kv_cache: int
+    sampling: int
+
+    @property
+    def resident(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def training_peak(self) -> int:
+        return self.resident + self.activations + self.head
+
+    @property
+    def rollout_peak(self) -> int:
+        return self.resident + self.kv_cache + self.sampling
+
+    @property
+    def peak(self) -> int:
+        return max(self.training_peak, self.rollout_peak)
+
+
+def worst_rank(layout: Layout) -> RankMemory:
+    """The memory of the ranks that need most."""
+    return max((stage_memory(layout, stage) for stage in range(layout.pp)), key=lambda memory: memory.peak)
+
+
+def stage_memory(layout: Layout, stage: int) -> RankMemory:
+    """The memory of each rank of a pipeline stage."""
+    parameters = layout.parameters(stage)
+    last = stage == layout.pp - 1
+    batch = layout.decoding_batch if layout.decodes_itself else 0
+    return RankMemory(
+        stage=stage,
+        weights=layout.dtype_bytes * parameters.total,
+        gradients=FLOAT32 * parameters.total,  # Megatron's main_grad
+        optimizer=optimizer_bytes(layout, stage),
+        activations=int(activation_bytes(layout, stage)),
+        head=int(head_bytes(layout)) if last else 0,
+        logits=logits_bytes(layout) if last else 0,
+        kv_cache=batch * layout.sequence_length * len(layout.stages[stage]) * kv_cache_bytes(layout),
+        sampling=batch * layout.shape.vocab_size * SAMPLING_BYTES if last else 0,
+    )
+
+
+def optimizer_bytes(layout: Layout, stage: int) -> int:
+    """Adam's two moments, or SGD's one if it has momentum, and a float32 master copy of weights of lower precision.
+
+    The distributed optimizer divides them over data-parallel ranks, experts' over expert-data-parallel ranks (ZeRO
+    stage 1, Rajbhandari et al., arXiv 1910.02054).
+    """
+    optimizer, parameters = layout.recipe.optimizer, layout.parameters(stage)
+    copies = 2 if optimizer.name == "adam" else int(optimizer.sgd_momentum > 0)
+    copies += layout.dtype_bytes < FLOAT32
+    if not layout.parallel.use_distributed_optimizer:
+        return FLOAT32 * copies * parameters.total
+    dense, experts = math.ceil(parameters.dense / layout.dp), math.ceil(parameters.experts / layout.expert_dp)
+    return FLOAT32 * copies * (dense + experts)
+
+
+def activation_bytes(layout: Layout, stage: int) -> float:
+    """What a stage holds for the backward passes of all micro-batches in flight, each at its full length."""
+    layers = [layout.shape.layers[index] for index in layout.stages[stage]]
+    tokens = layout.sequence_length * layout.recipe.train.micro_batch_size
+    held = sum(layer_bytes(layout, layer) for layer in layers) / layout.chunks
+    if stage < layout.pp - 1:
+        held += layout.dtype_bytes * layout.shape.hidden_size / layout.sp  # what went to the next stage
+    in_flight = tokens * held * chunks_in_flight(layout, stage)
+    if layout.recipe.model.recompute == "full":
+        in_flight += tokens * max(recomputed_layer_bytes(layout, layer) for layer in layers)
+    return in_flight
+
+
+def chunks_in_flight(layout: Layout, stage: int) -> int:
+    """Forward passes of a chunk whose backward passes are still to come, at most.
+
+    1F1B and its interleaved form: Narayanan et al., arXiv 2104.04473, section 2.2, with Megatron's warm-up.
+    """
+    behind = layout.pp - stage - 1
+    if layout.chunks == 1:
+        return min(layout.micro_batches, behind + 1)
+    micro_batches = -(-layout.micro_batches // layout.pp) * layout.pp
+    return min(micro_batches * layout.chunks, 2 * behind + (layout.chunks - 1) * layout.pp + 1)
+
+
+def head_bytes(layout: Layout) -> float:
+    """The final norm's input, and the hidden states of response tokens with their gradient in float32 and rounded.
+
+    The fused head holds nothing of the size of the vocabulary.
+    """
+    recipe, hidden, dtype = layout.recipe, layout.shape.hidden_size, layout.dtype_bytes
+    sequence = layout.sequence_length * (dtype * hidden + FLOAT32) / layout.sp
+    responses = recipe.rollout.max_response_tokens * hidden * (2 * dtype + FLOAT32)
+    return recipe.train.micro_batch_size * (sequence + responses)
+
+
+def logits_bytes(layout: Layout) -> int:
+    """The logits of a micro-batch's response tokens and their gradient."""
+    tokens = layout.recipe.train.micro_batch_size * layout.recipe.rollout.max_response_tokens
+    return 2 * layout.dtype_bytes * tokens * layout.padded_vocab_size // layout.tp
+
+
+def kv_cache_bytes(layout: Layout) -> int:
+    """Keys and values of one token in one layer."""
+    shape = layout.shape
+    return layout.dtype_bytes * max(shape.groups // layout.tp, 1) * (shape.key_width + shape.value_width)

@@ -1,0 +1,129 @@
+"""A plan as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from eapo_megatron.planning.gpus import MIB, RESERVED
+from eapo_megatron.planning.layout import Layout
+from eapo_megatron.planning.plan import Plan
+from eapo_megatron.planning.search import MAX_NODES, overrides_of
+
+GIB = 2**30
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Parameters, memory, work and the verdict."""
+    layout = plan.layout
+    shape = layout.shape
+    active = f", {shape.active_parameters:,} active a token" if shape.num_experts else ""
+    console.print(
+        f"{layout.recipe.name}: {shape.total_parameters:,} parameters{active} ({plan.config_source})", soft_wrap=True
+    )
+    console.print(f"{layout.world_size} ranks: {_sizes(layout)}", soft_wrap=True)
+    console.print(_memory_table(plan))
+    console.print(_work_table(plan))
+    for line in _verdict(plan):
+        console.print(line, soft_wrap=True)
+
+
+def _size(count: float) -> str:
+    """Bytes, in GiB unless they are few."""
+    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / MIB:,.1f} MiB"
+
+
+def _teraflops(count: float) -> str:
+    return f"{count / 1e12:,.0f}" if count >= 1e13 else f"{count / 1e12:.2g}"
+
+
+def _sizes(layout: Layout) -> str:
+    sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.chunks, "DP": layout.dp, "EP": layout.ep}
+    shown = [f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP")]
+    if layout.etp != layout.tp:
+        shown.append(f"ETP {layout.etp}")
+    if layout.sp > 1:
+        shown.append("sequence parallel")
+    if layout.parallel.use_distributed_optimizer:
+        shown.append("distributed optimizer")
+    return ", ".join([*shown, layout.recipe.model.dtype, f"recompute {layout.recipe.model.recompute}"])
+
+
+def _memory_table(plan: Plan) -> Table:
+    memory, layout = plan.memory, plan.layout
+    recipe = layout.recipe
+    stage = f", of stage {memory.stage + 1} of {layout.pp}" if layout.pp > 1 else ""
+    table = Table("memory of the fullest rank" + stage, "", "", box=box.SIMPLE)
+    table.columns[1].justify = "right"
+    on_last_stage = memory.stage == layout.pp - 1
+    rows = {
+        "weights": (memory.weights, recipe.model.dtype),
+        "gradients": (memory.gradients, "float32"),
+        "optimizer": (
+            memory.optimizer,
+            "over data-parallel ranks" if layout.parallel.use_distributed_optimizer else "whole on every rank",
+        ),
+        "training: activations": (
+            memory.activations,
+            f"micro-batch {recipe.train.micro_batch_size} x {layout.sequence_length} tokens",
+        ),
+        "training: fused head": (
+            memory.head,
+            f"logits would take {_size(memory.logits)}" if on_last_stage else "on the last stage",
+        ),
+        "rollout: KV cache": (
+            memory.kv_cache,
+            f"{layout.decoding_batch} responses x {layout.sequence_length} tokens"
+            if layout.decodes_itself
+            else "vllm's own, not counted",
+        ),
+        "rollout: sampling": (memory.sampling, "" if on_last_stage else "on the last stage"),
+    }
+    for part, (size, note) in rows.items():
+        table.add_row(part, _size(size), note)
+    table.add_section()
+    table.add_row("peak in training", _size(memory.training_peak), "")
+    table.add_row("peak in rollout", _size(memory.rollout_peak), "")
+    return table
+
+
+def _work_table(plan: Plan) -> Table:
+    """Per rank; a group of one rank sends nothing."""
+    layout = plan.layout
+    table = Table("one step", "TFLOP", "TP sends", "PP sends", "DP sends", "EP sends", box=box.SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for phase, work in plan.work.items():
+        sent = work.traffic
+        sizes = [sent.tp, sent.pp, sent.dp, sent.ep]
+        table.add_row(
+            phase,
+            _teraflops(work.flops / layout.world_size),
+            *(_size(size) if size else "-" for size in sizes),
+        )
+    table.caption = (
+        f"{layout.responses_per_step} responses at full length, {layout.optimizer_steps} optimizer steps; "
+        "each rank; of bytes, the rank that sends most"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    gpu, memory = plan.layout.recipe.cluster.gpu, plan.memory
+    if plan.usable is None:
+        yield "cluster.gpu names no GPU to judge by."
+        return
+    room = f"{_size(memory.peak)} of the {_size(plan.usable)} of a {gpu} ({RESERVED:.0%} of it kept free)"
+    if plan.fits:
+        yield f"Fits: {room}."
+        return
+    yield f"Does not fit: {room}."
+    if plan.smallest is None:
+        yield f"No layout on up to {MAX_NODES} nodes does: lower train.micro_batch_size or rollout.max_batch_size."
+        return
+    yield f"The smallest layout that does, {plan.smallest.world_size} GPUs ({_sizes(plan.smallest)}):"
+    yield "    " + " ".join(overrides_of(plan.smallest, plan.layout.recipe))

@@ -1,0 +1,189 @@
+"""One rank of a launch: runs a step of every planned run of this world size and writes what this rank held and sent.
+
+Arguments: the folder for the results, one file a run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eapo_megatron.algorithms import LossSettings, loss_weights
+from eapo_megatron.models.conversion import load_weights
+from eapo_megatron.models.huggingface import RandomWeights
+from eapo_megatron.models.policy_model import Policy, build_policy
+from eapo_megatron.models.runtime import start_runtime, stop_runtime
+from eapo_megatron.rollout import megatron_engine
+from eapo_megatron.rollout.engine import Response, SamplingParams
+from eapo_megatron.training.batching import make_batch
+from eapo_megatron.training.loop import mini_batches
+from eapo_megatron.training.optimizer import PolicyOptimizer, build_optimizer
+from eapo_megatron.training.policy_worker import PolicyWorker
+from launch import free_port
+from planned_runs import ACTIVATION_RUNS, PROMPT_TOKENS, RESPONSE_TOKENS, RUNS, Run, recipe_of
+
+
+def measure(run: Run) -> dict[str, Any]:
+    recipe = recipe_of(run)
+    hf_config = recipe.model.architecture
+    assert hf_config is not None
+    runtime = start_runtime(recipe.parallel, seed=1)
+    policy = build_policy(hf_config, recipe.model, recipe.parallel, runtime)
+    load_weights(policy, RandomWeights(hf_config, seed=1))
+    results: dict[str, Any] = {"kv_cache": kv_cache_bytes(policy, recipe.rollout.max_batch_size)}
+    optimizer = build_optimizer(policy, recipe.optimizer)
+    worker = PolicyWorker(policy, micro_batch_size=run.micro_batch_size, temperature=1.0)
+    responses = [[Response([5] * RESPONSE_TOKENS, [0.0] * RESPONSE_TOKENS, True)] * 4] * 4
+    prompts = [torch.randint(hf_config["vocab_size"], (PROMPT_TOKENS,)).tolist() for _ in responses]
+    batch = make_batch(prompts, responses, [[1.0, -1.0, 1.0, -1.0]] * 4, runtime.device)
+    with Sent() as scoring:
+        scores = worker.score(batch)
+    with Sent() as training:
+        for rows in mini_batches(batch, recipe.train.mini_batch_prompts):
+            weights = loss_weights(batch.mask_of(rows), batch.group_ids, aggregation="token_mean")
+            inputs = {"old_log_probs": scores.log_probs, "advantages": batch.rewards[:, None].expand(batch.mask.shape)}
+            assert worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs).applied
+    results |= {"scoring": dict(scoring.bytes), "training": dict(training.bytes)}
+    results |= resident_bytes(policy, optimizer)
+    os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
+    stop_runtime()
+    return results
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that this rank's collectives send to the other of two ranks, by Megatron's group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.groups = {
+            parallel_state.get_tensor_model_parallel_group(): "tp",
+            parallel_state.get_pipeline_model_parallel_group(): "pp",
+            parallel_state.get_embedding_group(check_initialized=False): "pp",
+            parallel_state.get_data_parallel_group(with_context_parallel=True): "dp",
+            parallel_state.get_expert_data_parallel_group(): "dp",
+            parallel_state.get_expert_model_parallel_group(): "ep",
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func.name().partition("::")
+        if space == "c10d" and name != "recv_":
+            process_group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+            # Between two interleaved stages Megatron sends one way through its own group, the other through the world.
+            group = "pp" if name == "send" else self.groups.get(process_group)
+            if group and process_group.size() > 1:
+                sizes = [
+                    sum(tensor.nbytes for tensor in tree_leaves(arg) if isinstance(tensor, Tensor)) for arg in args
+                ]
+                # Of two ranks' ring, an all-reduce sends the whole tensor, a gather or scatter half of the larger side.
+                size = sizes[1] if name == "alltoall_base_" else max(sizes)
+                self.bytes[group] += size // (1 if name.startswith(("allreduce", "send")) else 2)
+        return func(*args, **(kwargs or {}))
+
+
+def kv_cache_bytes(policy: Policy, batch_size: int) -> int:
+    """What the embedded engine's cache holds when every response reaches its full length."""
+    contexts = []
+
+    class Context(megatron_engine.StaticInferenceContext):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            contexts.append(self)
+
+    original, megatron_engine.StaticInferenceContext = megatron_engine.StaticInferenceContext, Context
+    try:
+        engine = megatron_engine.MegatronEngine(policy, pad_token_id=0, max_batch_size=batch_size)
+        every_token = tuple(range(policy.vocab_size))  # stops at once: the cache is there from the start
+        sampling = SamplingParams(max_response_tokens=RESPONSE_TOKENS, stop_token_ids=every_token)
+        engine.generate([[1] * PROMPT_TOKENS] * 2, [[1, 2, 3, 4]] * 2, sampling)
+    finally:
+        megatron_engine.StaticInferenceContext = original
+    (context,) = contexts
+    return sum(tensor.nbytes for pair in context.key_value_memory_dict.values() for tensor in pair)
+
+
+def resident_bytes(policy: Policy, optimizer: PolicyOptimizer) -> dict[str, int]:
+    """Storage of parameters, gradients, and optimizer state with master weights."""
+    parameters = [parameter for module in policy.modules for parameter in module.parameters()]
+    inner = [part.optimizer for part in optimizer.megatron.chained_optimizers]
+    moments = [value for part in inner for values in part.state.values() for value in values.values()]
+    masters = [parameter for part in inner for group in part.param_groups for parameter in group["params"]]
+    weights = storages(parameters)
+    return {
+        "weights": sum(weights.values()),
+        "gradients": sum(storages([parameter.main_grad for parameter in parameters]).values()),
+        "optimizer": sum((storages([*moments, *masters]) | weights).values()) - sum(weights.values()),
+    }
+
+
+def storages(tensors: list[Any]) -> dict[int, int]:
+    """The distinct storages of tensors and their bytes."""
+    found = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """RMSNorm that holds its input and one number a row, as a GPU's kernel does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).to(x.dtype) * weight
+
+
+def keep(saved: list[Tensor], tensor: Tensor) -> Tensor:
+    saved.append(tensor)
+    return tensor
+
+
+def held_activations(run: Run) -> dict[int, int]:
+    """Bytes held for backward by one micro-batch's forward pass through the first layers, by their number."""
+    recipe = recipe_of(run)
+    assert recipe.model.architecture is not None
+    runtime = start_runtime(recipe.parallel, seed=1)
+    original, torch.nn.RMSNorm.forward = (
+        torch.nn.RMSNorm.forward,
+        lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps),
+    )
+    held = {}
+    for layers in (2, 4):
+        hf_config = recipe.model.architecture | {"num_hidden_layers": layers}
+        policy = build_policy(hf_config, recipe.model, recipe.parallel, runtime)
+        load_weights(policy, RandomWeights(hf_config, seed=1))
+        (module,) = policy.modules
+        saved: list[Tensor] = []
+        length = PROMPT_TOKENS + RESPONSE_TOKENS
+        ids = torch.randint(hf_config["vocab_size"], (run.micro_batch_size, length))
+        with torch.autograd.graph.saved_tensors_hooks(partial(keep, saved), lambda tensor: tensor):
+            module(ids, torch.arange(length).expand_as(ids), head_positions=(torch.tensor([0]), torch.tensor([0])))
+        weights = storages(list(module.parameters()))
+        held[layers] = sum(size for place, size in storages(saved).items() if place not in weights)
+    torch.nn.RMSNorm.forward = original
+    os.environ["MASTER_PORT"] = str(free_port())
+    stop_runtime()
+    return held
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    if os.environ["WORLD_SIZE"] == "1":
+        torch.save({name: held_activations(run) for name, run in ACTIVATION_RUNS.items()}, out / "activations.pt")
+    for name, run in RUNS.items():
+        if run.world_size == int(os.environ["WORLD_SIZE"]):
+            torch.save(measure(run), out / f"{name}, rank {os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
