@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from eapo_megatron.config import Recipe, RecipeError, load_recipe
 from eapo_megatron.launcher import rank_environment, run_local_ranks
+from eapo_megatron.stopping import StopRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -39,7 +40,8 @@ def train(
 ) -> None:
     """Trains a recipe, or goes on with it from its last checkpoint.
 
-    Under torchrun or srun this process is one of the ranks; started bare, it starts them.
+    Under torchrun or srun this process is one of the ranks; started bare, it starts them. On SIGUSR1 or SIGTERM the
+    run finishes its step, saves a checkpoint and exits with code 75.
     """
     overrides = overrides or []
     settings = load_recipe(recipe, overrides)
@@ -113,13 +115,14 @@ def _prepare(settings: Recipe, world_size: int, *, source: str):  # type: ignore
 
 
 def _train_rank(settings: Recipe, *, source: str) -> None:
+    stop_request = StopRequest()
     ingredients = _prepare(settings, int(os.environ["WORLD_SIZE"]), source=source)
     # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
 
     from eapo_megatron.models.runtime import start_runtime, stop_runtime  # megatron: seconds
     from eapo_megatron.training.loop import train as train_run
-    from eapo_megatron.training.run import TrainingStoppedError, open_run
+    from eapo_megatron.training.run import InterruptedRunError, TrainingStoppedError, open_run
 
     runtime = start_runtime(
         settings.parallel,
@@ -128,13 +131,13 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
         timeout_minutes=settings.cluster.timeout_minutes,
     )
     try:
-        with open_run(settings, ingredients, runtime) as run:
+        with open_run(settings, ingredients, runtime, stop_request) as run:
             summary = train_run(run)
     except TrainingStoppedError as error:  # on every rank alike
         if runtime.is_main:
-            print(f"error: {error}", file=sys.stderr)
+            print(error if isinstance(error, InterruptedRunError) else f"error: {error}", file=sys.stderr)
         stop_runtime()
-        raise typer.Exit(1) from error
+        raise typer.Exit(error.exit_code) from error
     if runtime.is_main:
         print(json.dumps(summary["held_out"]))
     stop_runtime()
