@@ -1,4 +1,4 @@
-"""The command line: `eapo-megatron train RECIPE [key.path=value ...]`, `eapo-megatron convert to-hf | from-hf`."""
+"""The command line: `eapo-megatron train | submit RECIPE [key.path=value ...]`, `convert to-hf | from-hf`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from eapo_megatron.config import Recipe, RecipeError, load_recipe
 from eapo_megatron.launcher import rank_environment, run_local_ranks
+from eapo_megatron.slurm import job_folder, job_script, submit_job
 from eapo_megatron.stopping import StopRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -57,6 +58,32 @@ def train(
         raise RecipeError(f"{recipe}: cluster.num_nodes {settings.cluster.num_nodes} needs srun or torchrun")
     _prepare(settings, settings.cluster.world_size, source=recipe)
     raise typer.Exit(run_local_ranks(settings.cluster.world_size, ["train", recipe, *overrides]))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, such as recipes/NAME.yaml.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, over the recipe; --name=value, an option of sbatch.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script and stop.")] = False,
+) -> None:
+    """Submits a recipe to SLURM, on the nodes and GPUs of its cluster section.
+
+    With CONTAINER set, the image and the bind mounts in MOUNTS are the job's; paths in the recipe are the container's
+    and are checked there.
+    """
+    options = [argument for argument in arguments or [] if argument.startswith("-")]
+    overrides = [argument for argument in arguments or [] if not argument.startswith("-")]
+    settings = load_recipe(recipe, overrides)
+    if "CONTAINER" not in os.environ:
+        _prepare(settings, settings.cluster.world_size, source=recipe)
+    script = job_script(settings, [recipe, *overrides], options, environment=os.environ)
+    if dry_run:
+        print(script, end="")
+        return
+    job = submit_job(settings, script)
+    print(f"job {job}, log {job_folder(settings) / f'{job}.log'}")
 
 
 @convert.command("to-hf")
