@@ -68,6 +68,18 @@ def metrics(run_folder: Path, first_step: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def last_step(run_folder: Path) -> int:
+    """The last step in metrics.jsonl; 0 before there is one."""
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def checkpoints(run_folder: Path) -> list[int]:
+    """The steps of a run's whole checkpoints."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (run_folder / "checkpoints").glob("step_*"))
+
+
 def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     """Every tensor of a torch_dist checkpoint by its name."""
     import torch

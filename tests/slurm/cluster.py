@@ -51,7 +51,6 @@ def configuration(folder: Path) -> str:
         "SelectTypeParameters=CR_Core",
         "SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0",
         "ReturnToService=1",
-        "KillWait=5",
         "GresTypes=gpu",
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster
-from command_line import metrics
+from command_line import checkpoints, last_step, metrics
 
 pytestmark = pytest.mark.slurm
 
@@ -46,16 +46,6 @@ def submit(cluster: Cluster, *arguments: str, path: Path, expect: int = 0, **env
     cluster.environment |= {"PYTHONPATH": f"{REPOSITORY}:{path}", **environment}
     done = cluster.run(sys.executable, "-m", "eapo_megatron.cli", "submit", RECIPE, *SMALL, *arguments, expect=expect)
     return done.stdout.split(",")[0].removeprefix("job ") if expect == 0 else done.stderr
-
-
-def last_step(run_folder: Path) -> int:
-    path = run_folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
-def checkpoints(run_folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in (run_folder / "checkpoints").glob("step_*"))
 
 
 def ended(fields: dict[str, str]) -> bool:
@@ -99,8 +89,9 @@ def test_interrupted_in_every_way_a_run_equals_one_that_was_not(cluster: Cluster
     cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
     urgent = ["--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
     urgent_job = cluster.run("sbatch", "--parsable", *urgent).stdout.strip()
-    cluster.wait_for(urgent_job, ended)
+    cluster.wait_for(job, lambda fields: fields["JobState"] == "PENDING")
     assert checkpoints(run)[-1] == last_step(run)  # within the grace time that preemption leaves
+    cluster.wait_for(urgent_job, ended)
 
     fields = cluster.wait_for(job, ended)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "3")
@@ -109,7 +100,7 @@ def test_interrupted_in_every_way_a_run_equals_one_that_was_not(cluster: Cluster
     assert json.loads((run / "summary.json").read_text())["step"] == 14
 
 
-def test_a_failing_rank_fails_the_job_and_shows_why(cluster: Cluster, tmp_path: Path, work: Path) -> None:
+def test_a_failing_rank_fails_the_job_and_shows_why(cluster: Cluster, work: Path) -> None:
     (work / "sitecustomize.py").write_text(RANK_1_BREAKS)
     job = submit(cluster, "name=fails", path=work)
     fields = cluster.wait_for(job, ended)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import metrics
-from test_jobs import RECIPE, REPOSITORY, SMALL, checkpoints, last_step
+from command_line import checkpoints, last_step, metrics
+from test_jobs import RECIPE, REPOSITORY, SMALL
 
 pytestmark = pytest.mark.slurm
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from command_line import metrics, tensors, train, train_until
+from command_line import checkpoints, last_step, metrics, tensors, train, train_until
 from eapo_megatron.conversion import to_hf
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -142,16 +142,9 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step(arithmetic: Path, tmp_p
         assert code == 75
         assert done < last_step(run) < 10000
         done = last_step(run)
-        assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{done:06d}"]
+        assert checkpoints(run) == [done]
     assert [line["step"] for line in metrics(run)] == list(range(done + 1))
     assert not (run / "summary.json").exists()
-
-
-def last_step(run_folder: Path) -> int:
-    """The last step in metrics.jsonl, or 0."""
-    path = run_folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def test_a_diverging_run_stops_with_its_checkpoint_intact(arithmetic: Path, tmp_path: Path) -> None:
