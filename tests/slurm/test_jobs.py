@@ -139,7 +139,6 @@ def test_the_cluster_is_asked_for_what_the_recipe_says(cluster: Cluster, work: P
         (["--partition=none"], "invalid partition specified: none"),
         (["--no-such-option"], "unrecognized option"),
         (["optimizer.lrr=1"], "optimizer.lrr: unknown key (did you mean lr?)"),
-        (["parallel.pipeline_model_parallel_size=2"], "does not divide the world of 2 ranks"),
     ],
 )
 def test_what_cannot_run_is_one_line_and_exit_code_2(
