@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train test test-vllm lint benchmark
+.PHONY: setup train test test-vllm test-slurm lint benchmark
 
 setup: .venv/.installed
 
@@ -15,10 +15,14 @@ test: setup lint
 test-vllm: .venv-vllm/.installed
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/pytest tests/with_vllm
 
+test-slurm: setup
+	$(BIN)/pytest -m slurm tests/slurm
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/slurm/*.sbatch .ci/run
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.vocab_parallel

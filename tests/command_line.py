@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,23 @@ def train(recipe: Path, *overrides: str, expect: int = 0, timeout: float = 300) 
     return done.stderr
 
 
-def train_until(recipe: Path, *overrides: str, checkpoint: Path, stop: str, timeout: float = 300) -> int:
-    """Runs until `checkpoint` is there, then "kill"s the launcher or "hang"s its last rank -> the exit code.
+def train_until(
+    recipe: Path, *overrides: str, until: Callable[[], bool], send: signal.Signals, to: str, timeout: float = 300
+) -> int:
+    """Runs until `until()`, then sends a signal to the "launcher" or its "last rank" -> the exit code.
 
     All its processes are gone afterwards.
     """
     process = subprocess.Popen(command(recipe, overrides), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + timeout
-        while not checkpoint.is_dir():
-            assert process.poll() is None, "the run ended before its checkpoint"
+        while not until():
+            assert process.poll() is None, "the run ended before it was to be stopped"
             assert time.monotonic() < deadline, "the run took too long"
             time.sleep(0.01)
         family = psutil.Process(process.pid).children(recursive=True)
         ranks = [child for child in family if "eapo_megatron.cli" in child.cmdline()]
-        if stop == "kill":
-            process.kill()
-        else:
-            os.kill(ranks[-1].pid, signal.SIGSTOP)
+        os.kill(process.pid if to == "launcher" else ranks[-1].pid, send)
         code = process.wait(timeout)
         _, alive = psutil.wait_procs(family, timeout=20)
         assert not alive
@@ -67,6 +66,18 @@ def metrics(run_folder: Path, first_step: int = 0) -> list[dict[str, Any]]:
         for line in lines
         if line["step"] >= first_step
     ]
+
+
+def last_step(run_folder: Path) -> int:
+    """The last step in metrics.jsonl; 0 before there is one."""
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def checkpoints(run_folder: Path) -> list[int]:
+    """The steps of a run's whole checkpoints."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (run_folder / "checkpoints").glob("step_*"))
 
 
 def tensors(checkpoint: Path, scratch: Path) -> dict[str, Any]:

@@ -118,7 +118,11 @@ def start_runtime(parallel: Parallel, *, seed: int, device: str = "auto", timeou
 
 
 def stop_runtime() -> None:
-    """Leaves Megatron's groups and the process group."""
+    """Waits for all ranks and leaves Megatron's groups and the process group.
+
+    Launchers end the ranks that outlive another by long: none leaves while rank 0 still closes its records.
+    """
+    dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from eapo_megatron.rewards.mathematics import INCORRECT
 from eapo_megatron.rewards.worker import Outcome
+from eapo_megatron.stopping import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,8 @@ class RewardPool:
 
     def _start_worker(self) -> None:
         ours, theirs = Pipe()
+        # Schedulers signal every process of a job at its end: the last step's answers are still to be scored.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         process = subprocess.Popen(
             [sys.executable, "-c", _WORKER_PROGRAM, str(theirs.fileno()), self._reward],
             stdin=subprocess.DEVNULL,
@@ -179,6 +182,7 @@ class RewardPool:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._workers.append(_Worker(process, ours, deadline=time.monotonic() + _START_SECONDS))
 

@@ -30,6 +30,10 @@ def main() -> None:
     descriptor, reward_path = int(sys.argv[1]), sys.argv[2]
     # A worker stuck in a computation never notices that its pool is gone; the kernel does.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It was started with the job's stop signals blocked. SIGTERM is let through again, to no effect here, for what a
+    # reward function starts and has to end.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
     try:

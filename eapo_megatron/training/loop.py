@@ -17,24 +17,30 @@ from eapo_megatron.training.batching import Batch, make_batch
 from eapo_megatron.training.collect import collect
 from eapo_megatron.training.metrics import batch_metrics, mean_of_updates
 from eapo_megatron.training.policy_worker import Update
-from eapo_megatron.training.run import Run, TrainingStoppedError
+from eapo_megatron.training.run import InterruptedRunError, Run, TrainingStoppedError
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Trains to the recipe's last step and returns the summary."""
+    """Trains to the recipe's last step and returns the summary.
+
+    Raises:
+        InterruptedRunError: after a step and its checkpoint, when a rank was asked to stop.
+    """
     steps = run.recipe.train.steps
     if run.progress.step == 0:
         evaluate(run)
-    while run.progress.step < steps:
+    while run.progress.step < steps and not run.stopping:
         run.progress.step += 1
         metrics = train_step(run)
         last = run.progress.step == steps
         if last or _due(run, run.recipe.evaluation.every):
             metrics |= evaluate(run)
         log(run, metrics)
-        if last or _due(run, run.recipe.checkpoint.every):
+        if last or run.stopping or _due(run, run.recipe.checkpoint.every):
             with run.timer("checkpoint"):  # in the next step's seconds: a checkpoint counts on its step's record
                 run.save()
+    if run.progress.step < steps:
+        raise InterruptedRunError(f"stopped on request after step {run.progress.step} of {steps}")
     summary = run.summary()
     if run.records is not None:
         run.records.summarize(summary)
@@ -131,13 +137,17 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def log(run: Run, metrics: dict[str, float]) -> None:
-    """One line of metrics, with the seconds of each phase, tokens per second and peak memory."""
+    """One line of metrics, with the seconds of each phase, tokens per second and peak memory.
+
+    Here the ranks also agree whether one of them was asked to stop.
+    """
     seconds = run.timer.lap()
     metrics |= seconds | {"skipped_updates": run.progress.skipped_updates}
     if "response_length/total" in metrics:
         metrics["tokens_per_second"] = metrics["response_length/total"] / sum(seconds.values())
-    peaks = run.runtime.gather_objects(run.runtime.peak_memory_bytes())
-    metrics["memory/peak_gib"] = max(peaks) / 2**30
+    ranks = run.runtime.gather_objects((run.runtime.peak_memory_bytes(), run.stop_request.received))
+    metrics["memory/peak_gib"] = max(peak for peak, _ in ranks) / 2**30
+    run.stopping = any(asked for _, asked in ranks)
     if run.records is not None:
         run.records.log(run.progress.step, metrics)
         note = f"solve rate {metrics.get('rollout/solve_rate', metrics.get('held_out/solve_rate', 0)):.3f}"

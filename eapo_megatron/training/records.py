@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eapo_megatron.config import Logging, Recipe, RecipeError
 
 METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE = "metrics.jsonl", "samples.jsonl", "summary.json"
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 class Tracker(Protocol):
@@ -60,6 +61,7 @@ class Records:
         self._metrics = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
         self._samples = (self.folder / SAMPLES_FILE).open("a", encoding="utf-8")
         self._trackers = start_trackers(recipe, first_step)
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -67,9 +69,11 @@ class Records:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
         )
         self._bars: dict[str, Any] = {}
+        self._line_at = 0.0  # when a log file last had a line of progress
 
     def __enter__(self) -> Records:
         self._progress.start()
@@ -83,7 +87,12 @@ class Records:
             tracker.close()
 
     def advance(self, phase: str, done: int, total: int, note: str = "") -> None:
-        """Moves the progress bar of a phase."""
+        """Moves the progress bar of a phase; where there is no terminal, says a line every few seconds."""
+        if self._progress.disable:
+            if done == total or perf_counter() - self._line_at >= _SECONDS_BETWEEN_LINES:
+                self._line_at = perf_counter()
+                self.say(f"{phase} {done}/{total} {note}")
+            return
         if phase not in self._bars:
             self._bars[phase] = self._progress.add_task(phase, total=total, note="")
         self._progress.update(self._bars[phase], completed=done, total=total, note=note)

@@ -16,6 +16,7 @@ from eapo_megatron.models.policy_model import Policy, build_policy
 from eapo_megatron.models.runtime import Runtime
 from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
+from eapo_megatron.stopping import EXIT_INTERRUPTED, StopRequest
 from eapo_megatron.training.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.training.policy_worker import PolicyWorker
 from eapo_megatron.training.preflight import RECIPE_FILE, Ingredients
@@ -26,6 +27,14 @@ from eapo_megatron.training.warm_start import warm_start
 
 class TrainingStoppedError(RuntimeError):
     """A run that cannot go on; its last checkpoint is intact."""
+
+    exit_code = 1
+
+
+class InterruptedRunError(TrainingStoppedError):
+    """A run that was asked to stop: all its steps are in its checkpoint, and the same command goes on from there."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 @dataclass
@@ -60,6 +69,8 @@ class Run:
     checkpoints: Checkpoints
     records: Records | None
     progress: Progress
+    stop_request: StopRequest  # to this rank
+    stopping: bool = False  # some rank was asked to stop; the same on all
     timer: Stopwatch = field(default_factory=Stopwatch)
 
     def sampling(self, *, temperature: float, top_p: float, top_k: int = 0) -> SamplingParams:
@@ -95,7 +106,7 @@ class Run:
 
 
 @contextmanager
-def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime) -> Iterator[Run]:
+def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_request: StopRequest) -> Iterator[Run]:
     """Builds the policy and its optimizer, resumed from the run folder's last checkpoint where there is one."""
     folder = recipe.run_folder
     checkpoints = Checkpoints(
@@ -132,4 +143,16 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime) -> Iter
         sampler = stack.enter_context(Sampler(engine, recipe.reward, ingredients.tokenizer, runtime))
         if records is not None and steps:
             records.say(f"resumed from step {progress.step} of {folder}")
-        yield Run(recipe, ingredients, runtime, policy, worker, optimizer, sampler, checkpoints, records, progress)
+        yield Run(
+            recipe,
+            ingredients,
+            runtime,
+            policy,
+            worker,
+            optimizer,
+            sampler,
+            checkpoints,
+            records,
+            progress,
+            stop_request,
+        )

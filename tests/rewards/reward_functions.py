@@ -21,5 +21,12 @@ def obedient(response: str, answer: object) -> float:
     return float(response)
 
 
+def ends_a_child(response: str, answer: object) -> float:
+    """The signal that ended a child it started and asked to end."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    child.terminate()
+    return float(-child.wait())
+
+
 def process_id(response: str, answer: object) -> float:
     return float(os.getpid())

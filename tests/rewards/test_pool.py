@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eapo_megatron.rewards import RewardPool
+from eapo_megatron.stopping import STOP_SIGNALS
 
 OBEDIENT = "reward_functions:obedient"
 
@@ -83,6 +84,16 @@ def test_worker_that_died_while_idle_is_replaced() -> None:
         second = int(batch.rewards[0])
         assert second != first
     assert not is_running(second)
+
+
+def test_a_job_that_is_asked_to_stop_still_gets_its_rewards() -> None:
+    with RewardPool(num_workers=1, timeout_seconds=5.0, reward="reward_functions:process_id") as pool:
+        worker = int(pool.score([""], [""]).rewards[0])
+        for number in STOP_SIGNALS:
+            os.kill(worker, number)
+        assert pool.score(["", ""], ["", ""]).rewards == [worker, worker]
+    with RewardPool(num_workers=1, timeout_seconds=5.0, reward="reward_functions:ends_a_child") as pool:
+        assert pool.score([""], [""]).rewards == [signal.SIGTERM]
 
 
 def test_killed_parent_leaves_no_worker_and_main_is_not_imported_again(tmp_path: Path) -> None:

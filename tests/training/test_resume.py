@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import runpy
+import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from command_line import metrics, tensors, train, train_until
+from command_line import checkpoints, last_step, metrics, tensors, train, train_until
 from eapo_megatron.conversion import to_hf
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -63,8 +64,8 @@ def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arith
     assert [line["step"] for line in whole] == [0, 1, 2, 3, 4, 5, 6]
     assert all(line["grad_norm"] > 0 for line in whole[1:])
 
-    code = train_until(arithmetic, "name=hung", checkpoint=runs / "hung" / "checkpoints" / "step_000002", stop="hang")
-    assert code != 0
+    checkpoint = runs / "hung" / "checkpoints" / "step_000002"
+    assert train_until(arithmetic, "name=hung", until=checkpoint.is_dir, send=signal.SIGSTOP, to="last rank") != 0
     train(arithmetic, "name=hung", "train.steps=5")
     resumed = metrics(runs / "hung")
     # A run cut to 5 steps evaluates at its end: the longer one does not at that step.
@@ -106,7 +107,7 @@ def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
     ]
     train(recipe, "name=whole", *overrides)
     checkpoint = runs / "killed" / "checkpoints" / "step_000002"
-    train_until(recipe, "name=killed", *overrides, checkpoint=checkpoint, stop="kill")
+    train_until(recipe, "name=killed", *overrides, until=checkpoint.is_dir, send=signal.SIGKILL, to="launcher")
     said = train(recipe, "name=killed", *overrides)
     assert "resumed from step" in said
     assert metrics(runs / "killed") == metrics(runs / "whole")
@@ -129,6 +130,21 @@ def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
     for layer in range(4):
         down = exported[f"model.layers.{layer}.mlp.down_proj.weight"]
         assert down.equal(theirs["decoder.layers.mlp.linear_fc2.weight"][layer])
+
+
+def test_a_run_that_is_asked_to_stop_saves_its_last_step(arithmetic: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "asked"
+    done = 0  # steps
+    # A scheduler signals all ranks, but not at the same moment: one must be enough.
+    for send, to in ((signal.SIGTERM, "last rank"), (signal.SIGUSR1, "launcher")):
+        overrides = ["name=asked", "train.steps=10000", "checkpoint={every: 0, keep_last: 1}"]
+        code = train_until(arithmetic, *overrides, until=lambda: last_step(run) > done, send=send, to=to)  # noqa: B023
+        assert code == 75
+        assert done < last_step(run) < 10000
+        done = last_step(run)
+        assert checkpoints(run) == [done]
+    assert [line["step"] for line in metrics(run)] == list(range(done + 1))
+    assert not (run / "summary.json").exists()
 
 
 def test_a_diverging_run_stops_with_its_checkpoint_intact(arithmetic: Path, tmp_path: Path) -> None:
