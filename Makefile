@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train test lint benchmark
+.PHONY: setup train test test-nemo lint benchmark
 
 setup: .venv/.installed
 
@@ -11,6 +11,9 @@ train: setup
 
 test: setup lint
 	$(BIN)/pytest
+
+test-nemo: .venv-nemo/.installed
+	PYTHONPATH=. .venv-nemo/bin/python -m pytest tests/integrations
 
 lint: setup
 	$(BIN)/ruff check .
@@ -24,4 +27,9 @@ benchmark: setup
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints/cpu.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints/cpu.txt -e '.[train,dev]'
+	touch $@
+
+.venv-nemo/.installed: constraints/nemo.txt
+	$(PYTHON) -m venv .venv-nemo
+	.venv-nemo/bin/pip install --quiet --no-deps -r constraints/nemo.txt
 	touch $@
