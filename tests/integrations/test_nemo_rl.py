@@ -1,0 +1,354 @@
+"""The NeMo-RL adapter against its documented types: a stand-in takes the place of each module that it imports."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from eapo_megatron.algorithms import LossSettings
+from eapo_megatron.integrations.nemo_rl import EAPOAdvantageEstimator, EAPOLossFn
+from eapo_megatron.integrations.nemo_rl.entropies import token_entropies
+
+RECIPE = Path(__file__).parents[2] / "recipes/nemo_rl/grpo-qwen2.5-math-7b-1n8g-megatron-eapo.yaml"
+
+
+class BatchedDataDict(dict[str, Any]):
+    """NeMo-RL's batch: a dict of tensors whose first dimension is the batch's; `slice` cuts all of them."""
+
+    def slice(self, start: int, end: int) -> BatchedDataDict:
+        return BatchedDataDict({key: value[start:end] for key, value in self.items()})
+
+
+class LossType(enum.Enum):
+    TOKEN_LEVEL = "token_level"
+    SEQUENCE_LEVEL = "sequence_level"
+
+
+class LossInputType(enum.Enum):
+    LOGPROB = "logprob"
+
+
+class MetricNormalizer(enum.Enum):
+    TOKENS = "tokens"
+    SEQUENCES = "sequences"
+    NONE = "none"
+
+
+@pytest.fixture(autouse=True)
+def nemo_rl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules of NeMo-RL that the loss imports."""
+    _module(
+        monkeypatch,
+        "nemo_rl.algorithms.loss.interfaces",
+        LossType=LossType,
+        LossInputType=LossInputType,
+        MetricNormalizer=MetricNormalizer,
+    )
+
+
+def _module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules.get(parent) or _module(monkeypatch, parent), child, module)
+    return module
+
+
+def random_data(seed: int = 0) -> BatchedDataDict:
+    """Six responses of different lengths, one of them left out by its sample mask; NaN where nothing may look."""
+    generator = torch.Generator().manual_seed(seed)
+    token_mask = torch.zeros(6, 11)
+    for row in range(6):
+        token_mask[row, 2 : 4 + row] = 1
+    data = BatchedDataDict(token_mask=token_mask, sample_mask=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0]))
+    for name in ("advantages", "prev_logprobs", "generation_logprobs", "reference_policy_logprobs"):
+        values = torch.randn(6, 11, generator=generator)
+        data[name] = torch.where(token_mask.bool(), values if name == "advantages" else -values.abs(), torch.nan)
+    return data
+
+
+def valid(data: BatchedDataDict) -> Tensor:
+    return (data["token_mask"] * data["sample_mask"][:, None])[:, 1:].bool()
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_micro_batches_add_up_to_the_loss(aggregation: str, kl_coef: float) -> None:
+    data = random_data()
+    log_probs = (data["prev_logprobs"][:, 1:] + torch.linspace(-0.5, 0.5, 10)).requires_grad_()
+    loss_fn = EAPOLossFn(LossSettings(aggregation=aggregation, kl_coef=kl_coef))
+    mask = valid(data)
+    counts = {"global_valid_seqs": data["sample_mask"].sum(), "global_valid_toks": mask.sum()}
+    loss = torch.zeros(())
+    sums: dict[str, float] = {}
+    for start, end in ((0, 1), (1, 3), (3, 6)):
+        part, metrics = loss_fn(data.slice(start, end), **counts, next_token_logprobs=log_probs[start:end])
+        loss = loss + part
+        sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+
+    reference = log_probs.detach().double().requires_grad_()
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in range(6):
+        for column in range(10):
+            if not mask[row, column]:
+                continue
+            old, advantage, ref = (
+                data[name][row, column + 1].double()
+                for name in ("prev_logprobs", "advantages", "reference_policy_logprobs")
+            )
+            ratio = (reference[row, column] - old).exp()
+            token = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+            gap = ref - reference[row, column]
+            token = token + kl_coef * (gap.exp() - gap - 1)
+            denominator = mask.sum() if aggregation == "token_mean" else mask[row].sum() * data["sample_mask"].sum()
+            expected = expected + token / denominator
+    (expected_gradient,) = torch.autograd.grad(expected, reference)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert sums["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)
+    gap = (data["generation_logprobs"] - data["prev_logprobs"])[:, 1:][mask].double()
+    assert sums["token_mult_prob_error"] == pytest.approx(gap.abs().exp().mean().item(), rel=1e-5)
+    assert sums["gen_kl_error"] == pytest.approx(((-gap).exp() + gap - 1).mean().item(), rel=1e-5)
+    assert sums["num_valid_samples"] == 5
+
+
+def test_the_loss_names_its_protocol() -> None:
+    loss_fn = EAPOLossFn(LossSettings())
+    assert (loss_fn.loss_type, loss_fn.input_type) == (LossType.TOKEN_LEVEL, LossInputType.LOGPROB)
+    assert EAPOLossFn(LossSettings(aggregation="seq_mean_token_mean")).loss_type == LossType.SEQUENCE_LEVEL
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (LossSettings(aggregation="group_token_mean"), "aggregation 'group_token_mean' needs whole groups"),
+        (LossSettings(entropy_coef=0.1), "entropy_coef must be 0"),
+    ],
+)
+def test_the_loss_refuses_what_it_cannot_see(settings: LossSettings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EAPOLossFn(settings)
+
+
+def test_advantages_are_shaped_by_group() -> None:
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.tensor([[5, 6, 0], [5, 7, 8]])[[0, 1, 1, 0, 1, 0]]
+    rewards = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.25, 1.0])
+    mask = (torch.rand(6, 9, generator=generator) < 0.6).float()
+    mask[:, 0], mask[:, 4] = 0, 1
+    entropies = torch.where(mask.bool(), torch.rand(6, 9, generator=generator), torch.nan)
+    logged: list[dict[str, float]] = []
+    estimator = EAPOAdvantageEstimator({"name": "eapo"}, lambda: entropies, logged.append)
+    advantages = estimator.compute_advantage(
+        prompt_ids=prompts,
+        rewards=rewards,
+        mask=mask,
+        repeated_batch=BatchedDataDict(),
+        logprobs_policy=torch.zeros(6, 9),
+        logprobs_reference=None,
+    )
+
+    for rows in ([0, 3, 5], [1, 2, 4]):
+        signed = 2 * rewards[rows].double() - 1
+        tokens = entropies[rows][mask[rows].bool()].double()
+        for row, reward in zip(rows, signed, strict=True):
+            advantage = (reward - signed.mean()) / (signed.std() + 1e-6)
+            term = ((entropies[row].double() - tokens.mean()) / tokens.std(correction=0)).clamp(
+                -advantage.abs() / 2, advantage.abs() / 2
+            )
+            expected = torch.where(mask[row].bool(), advantage + 0.2 * advantage.sign() * term, 0.0)
+            torch.testing.assert_close(advantages[row].double(), expected, rtol=1e-5, atol=1e-6)
+    assert sum(logged[0][f"quadrants/{name}/token_share"] for name in ("phr", "plr", "nhr", "nlr")) == pytest.approx(1)
+    # A reward of 0.25 lies below the middle of wrong (0) and correct (1): its tokens count as wrong.
+    positive = mask[[0, 2, 5]].sum() / mask.sum()
+    assert logged[0]["quadrants/phr/token_share"] + logged[0]["quadrants/plr/token_share"] == pytest.approx(positive)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"shaping": {"name": "hapo"}}, "grpo.adv_estimator.shaping: "),
+        ({"advantage_estimator": "gae"}, "grpo.adv_estimator.advantage_estimator must be one of"),
+        ({"correct_reward": 0.0}, "grpo.adv_estimator.correct_reward 0.0 must be larger"),
+    ],
+)
+def test_a_wrong_estimator_key_is_named(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        EAPOAdvantageEstimator(config, torch.empty, lambda metrics: None)
+
+
+def test_entropies_of_other_responses_are_refused() -> None:
+    estimator = EAPOAdvantageEstimator({}, lambda: torch.zeros(2, 5), lambda metrics: None)
+    with pytest.raises(ValueError, match=r"entropies are \[2, 5\] for responses \[2, 6\]"):
+        estimator.compute_advantage(
+            prompt_ids=torch.zeros(2, 1),
+            rewards=torch.ones(2),
+            mask=torch.ones(2, 6),
+            logprobs_policy=torch.zeros(2, 6),
+        )
+
+
+def test_the_recipe_is_sound() -> None:
+    recipe = yaml.safe_load(RECIPE.read_text())
+    EAPOAdvantageEstimator(recipe["grpo"]["adv_estimator"], torch.empty, lambda metrics: None)
+    config = types.SimpleNamespace(**recipe["loss_fn"], reference_policy_kl_type="k3")
+    assert EAPOLossFn.from_config(config).settings == LossSettings(eps_low=0.2, eps_high=0.28)
+    assert recipe["policy"]["megatron_cfg"]["enabled"]
+
+
+def reference_entropies(logits: Tensor) -> Tensor:
+    log_probs = logits.double().log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def test_entropies_in_rows_and_packed() -> None:
+    vocab_size, lengths, padded = 13, [4, 6, 3], [4, 8, 4]
+    rows = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0))  # 3 padded columns, 2 padded positions
+    expected = torch.zeros(3, 6, dtype=torch.float64)
+    expected[:, 1:] = reference_entropies(rows[..., :vocab_size])[:, :5]
+    options: dict[str, Any] = {"num_sequences": 3, "seq_length": 6, "tp_group": None, "vocab_size": vocab_size}
+    entropies = token_entropies(rows, cu_seqlens_padded=None, **options)
+    torch.testing.assert_close(entropies.double(), expected, rtol=1e-5, atol=1e-6)
+
+    packed = torch.cat([row[:length] for row, length in zip(rows, padded, strict=True)])[None]
+    offsets = torch.tensor([0, *padded]).cumsum(0)
+    entropies = token_entropies(packed, cu_seqlens_padded=offsets, **options)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(entropies[row, :length].double(), expected[row, :length], rtol=1e-5, atol=1e-6)
+
+
+class Worker:
+    """As NeMo-RL's: runs micro-batches through its module's post-processor and pads them to the batch's width."""
+
+    def __init__(self, logits: Tensor, vocab_size: int) -> None:
+        self.logits = logits
+        self.megatron_cfg = types.SimpleNamespace(model=types.SimpleNamespace(vocab_size=vocab_size))
+
+    def get_logprobs(self, *, data: BatchedDataDict, micro_batch_size: int) -> BatchedDataDict:
+        make = sys.modules["nemo_rl.models.policy.workers.megatron_policy_worker"].LogprobsPostProcessor
+        processor = make(cfg={}, sampling_params=None, use_fused_linear_logprobs=False)
+        parts = []
+        for start in range(0, len(self.logits), micro_batch_size):
+            micro = data.slice(start, start + micro_batch_size)
+            width = int(micro["input_lengths"].max())
+            micro["input_ids"] = micro["input_ids"][:, :width]
+            process = processor(data_dict=micro, input_ids=micro["input_ids"], cu_seqlens_padded=None)
+            _, output = process(self.logits[start : start + micro_batch_size, :width])
+            parts.append(torch.nn.functional.pad(output["logprobs"], (0, data["input_ids"].shape[1] - width)))
+        return BatchedDataDict(logprobs=torch.cat(parts))
+
+
+class LogprobsPostProcessor:
+    def __init__(self, cfg: Any, sampling_params: Any, use_fused_linear_logprobs: bool) -> None:
+        self.cfg = cfg
+
+    def __call__(self, data_dict: BatchedDataDict, input_ids: Tensor, cu_seqlens_padded: Tensor | None) -> Any:
+        def process(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            log_probs = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
+            return torch.zeros(()), {"logprobs": torch.nn.functional.pad(log_probs, (1, 0))}
+
+        return process
+
+
+@pytest.fixture
+def worker_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """`worker` over stand-ins of Ray and of NeMo-RL's modules, on a single rank."""
+    parallel_state = pytest.importorskip("megatron.core.parallel_state")
+    monkeypatch.setattr(parallel_state, "is_pipeline_last_stage", lambda ignore_virtual: True)
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_group", lambda: None)
+    _module(monkeypatch, "ray", remote=lambda **_: lambda cls: cls)
+    train = "nemo_rl.models.megatron.train"
+    _module(monkeypatch, train, LogprobsPostProcessor=LogprobsPostProcessor)
+    _module(
+        monkeypatch,
+        "nemo_rl.models.megatron.pipeline_parallel",
+        broadcast_tensors_from_last_stage=lambda tensors: tensors,
+    )
+    _module(monkeypatch, "nemo_rl.models.policy.utils", get_runtime_env_for_policy_worker=lambda name: {})
+    _module(
+        monkeypatch,
+        "nemo_rl.models.policy.workers.megatron_policy_worker",
+        LogprobsPostProcessor=LogprobsPostProcessor,
+        MegatronPolicyWorkerImpl=Worker,
+    )
+    name = "eapo_megatron.integrations.nemo_rl.worker"
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
+
+
+def test_workers_return_entropies_beside_log_probs(worker_module: types.ModuleType) -> None:
+    vocab_size, lengths = 13, torch.tensor([5, 4, 7, 3, 6])
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 7, 16, generator=generator)
+    data = BatchedDataDict(input_ids=torch.randint(vocab_size, (5, 7), generator=generator), input_lengths=lengths)
+    plain = Worker(logits, vocab_size).get_logprobs(data=data, micro_batch_size=2)
+    result = worker_module.EntropyWorkerImpl(logits, vocab_size).get_logprobs(data=data, micro_batch_size=2)
+    assert torch.equal(result["logprobs"], plain["logprobs"])
+    expected = torch.zeros(5, 7, dtype=torch.float64)
+    expected[:, 1:] = reference_entropies(logits[..., :vocab_size])[:, :-1]
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(
+            result["entropies"][row, :length].double(), expected[row, :length], rtol=1e-5, atol=1e-6
+        )
+    module = sys.modules["nemo_rl.models.policy.workers.megatron_policy_worker"]
+    assert module.LogprobsPostProcessor is LogprobsPostProcessor
+
+
+@pytest.fixture
+def policy_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """`policy` over a stand-in of NeMo-RL's policy, whose workers answer with both tensors."""
+
+    class Policy:
+        def __init__(self, **options: Any) -> None:
+            self.options = options
+
+        def get_logprobs(self, data: BatchedDataDict, timer: Any = None) -> BatchedDataDict:
+            return BatchedDataDict(logprobs=-data["input_ids"], entropies=data["input_ids"])
+
+    _module(
+        monkeypatch,
+        "nemo_rl.distributed.ray_actor_environment_registry",
+        ACTOR_ENVIRONMENT_REGISTRY={},
+        MCORE_EXECUTABLE="mcore",
+    )
+    _module(monkeypatch, "nemo_rl.models.policy.lm_policy", Policy=Policy)
+    name = "eapo_megatron.integrations.nemo_rl.policy"
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
+
+
+def test_the_policy_keeps_the_entropies(policy_module: types.ModuleType) -> None:
+    policy = policy_module.EntropyPolicy(config={"megatron_cfg": {"enabled": True}}, cluster="cluster")
+    assert policy.options["cluster"] == "cluster"
+    assert {policy.options["worker_extension_cls_fqn"]: "mcore"} == policy_module.ACTOR_ENVIRONMENT_REGISTRY
+    result = policy.get_logprobs(BatchedDataDict(input_ids=torch.ones(2, 3)))
+    assert result.keys() == {"logprobs"}
+    assert torch.equal(policy.entropies, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("megatron_cfg", "key"),
+    [
+        ({"enabled": False}, "enabled"),
+        ({"enabled": True, "context_parallel_size": 2}, "context_parallel_size"),
+        ({"enabled": True, "use_fused_linear_logprobs": True}, "use_fused_linear_logprobs"),
+    ],
+)
+def test_policies_without_entropies_are_refused(
+    policy_module: types.ModuleType, megatron_cfg: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ValueError, match=f"policy.megatron_cfg.{key} must be"):
+        policy_module.EntropyPolicy(config={"megatron_cfg": megatron_cfg})

@@ -1,0 +1,331 @@
+"""One rank of a launch: NeMo-Aligner's EAPO actor beside the native policy, with the same weights on the same batch.
+
+Arguments: the folder for the results. Rank 0 writes, for each layout of this world size, how far the two are apart
+over all ranks (relative to the largest value), and what the train script's loop logged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nemo_on_cpu  # noqa: F401  before NeMo
+
+# isort: split
+import torch
+from hydra import compose, initialize_config_dir
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from nemo.collections.nlp.modules.common.megatron.utils import get_iterator_k_split
+from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from eapo_megatron.algorithms import QUADRANTS, LossSettings, eapo_advantages, group_advantages, loss_weights
+from eapo_megatron.config import Model, Optimizer, Parallel
+from eapo_megatron.data import arithmetic_examples
+from eapo_megatron.data.arithmetic import ALPHABET
+from eapo_megatron.data.tokenizers import character_tokenizer
+from eapo_megatron.integrations.nemo_aligner import EAPOTrainer, MegatronGPTEAPOActorModel
+from eapo_megatron.models.conversion import load_weights
+from eapo_megatron.models.huggingface import RandomWeights
+from eapo_megatron.models.policy_model import Policy, build_policy
+from eapo_megatron.models.runtime import Runtime, start_runtime, stop_runtime
+from eapo_megatron.training.optimizer import build_optimizer
+from eapo_megatron.training.policy_worker import PolicyWorker
+from launch import free_port
+from layouts import MODELS, TEMPERATURE, VOCAB_SIZE, old_policy_offsets, training_batch
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "nemo_aligner"
+sys.path.insert(0, str(RECIPES))
+from train_gpt_eapo_actor import train  # noqa: E402
+
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "single": (1, {}),
+    "TP2": (2, {"tensor_model_parallel_size": 2}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "DP2": (2, {}),
+}
+HF_CONFIG = {**MODELS["tied"], "model_type": "qwen2"}
+GROUP, FIT_STEPS = 4, 2
+LOSS = LossSettings(entropy_coef=0.01)
+EOS = 1
+ROLLOUT_ORDER = torch.arange(12).view(3, GROUP).T.flatten()  # one response to each prompt, then another to each
+SGD = {"lr": 0.4, "momentum": 0.9, "weight_decay": 0.1}
+
+
+class Records(Logger):
+    """Keeps what is logged."""
+
+    name, version = "records", 0
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.lines.append(metrics)
+
+    def log_hyperparams(self, *_: Any) -> None: ...
+
+    def values(self, name: str) -> list[float]:
+        return [line[name] for line in self.lines if name in line]
+
+
+def measure(parallel: Parallel, folder: Path) -> dict[str, Any]:
+    runtime = start_runtime(parallel, seed=1, device="cpu")
+    policy = build_policy(HF_CONFIG, Model(architecture=HF_CONFIG, dtype="float32"), parallel, runtime)
+    load_weights(policy, RandomWeights(HF_CONFIG, seed=5))
+    records = Records()
+    cfg = configuration(parallel, runtime, folder)
+    ptl_trainer = pytorch_lightning_trainer(runtime, records)
+    actor = MegatronGPTEAPOActorModel(cfg.model, ptl_trainer)
+    trainer = train(cfg, ptl_trainer, actor)
+    results: dict[str, Any] = {"fit": [line for line in records.lines if "timers/train_time" not in line]}
+    copy_weights(policy, actor)
+    trainer.optimizer.state.clear()
+    records.lines.clear()
+    results["differences"] = compare(policy, trainer, records)
+    os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
+    stop_runtime()
+    unset_num_microbatches_calculator()
+    return results
+
+
+class Differences:
+    """The largest difference by name, relative to the largest value it was noted with."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, float] = {}
+
+    def note(self, name: str, theirs: Tensor | list[float], ours: Tensor | list[float]) -> None:
+        theirs, ours = torch.as_tensor(theirs).double(), torch.as_tensor(ours).double()
+        error = float((theirs - ours).abs().max()) / (float(ours.abs().max()) or 1.0)
+        self.largest[name] = max(error, self.largest.get(name, 0.0))
+
+    def over_ranks(self, runtime: Runtime) -> dict[str, float]:
+        ranks = runtime.gather_objects(self.largest)
+        return {name: max(rank[name] for rank in ranks) for name in self.largest}
+
+
+def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str, float]:
+    """Scores, advantages, gradients, and three optimizer steps with their metrics, against the native policy's."""
+    batch, differences = training_batch(), Differences()
+    worker = PolicyWorker(policy, micro_batch_size=2, temperature=TEMPERATURE)
+    rollouts, places = rollout_batch()
+
+    def spread(values: Tensor) -> Tensor:
+        """Values of response tokens [N, T] at their places in the sequence [N, S-1]."""
+        return torch.zeros(places.shape).masked_scatter(places, values[batch.mask])
+
+    scores = worker.score(batch)
+    trainer._add_scores(rollouts)
+    for theirs, ours in (("logprobs", scores.log_probs), ("entropies", scores.entropies)):
+        differences.note(theirs, rollouts[theirs] * places[ROLLOUT_ORDER], spread(ours)[ROLLOUT_ORDER])
+
+    old_log_probs = scores.log_probs + old_policy_offsets(batch) * batch.mask
+    rollouts["logprobs"] = spread(old_log_probs)[ROLLOUT_ORDER]
+    advantages = group_advantages(batch.rewards, batch.group_ids)[:, None].expand(batch.mask.shape)
+    advantages = eapo_advantages(advantages, scores.entropies, batch.mask, batch.group_ids)
+    data, metrics = trainer.generate_reinforce_data(rollouts)
+    steps = torch.arange(batch.size).split(GROUP)
+    rank, size = policy.runtime.data_parallel_rank, policy.runtime.data_parallel_size
+    mine = torch.cat([rows.chunk(size)[rank] for rows in steps])
+    differences.note("advantages", data["advantages"], spread(advantages)[mine])
+    differences.note("token shares", [sum(metrics[f"quadrants/{name}/token_share"] for name in QUADRANTS)], [1.0])
+
+    inputs = {"old_log_probs": old_log_probs, "advantages": advantages}
+    weights = [loss_weights(batch.mask_of(rows.tolist()), batch.group_ids) for rows in steps]
+    note_gradients(
+        differences,
+        trainer,
+        next(get_iterator_k_split(data, len(steps))),
+        policy,
+        lambda: worker.accumulate(batch, steps[0].tolist(), LOSS, weights=weights[0], **inputs),
+    )
+
+    settings = Optimizer(
+        name="sgd", lr=SGD["lr"], sgd_momentum=SGD["momentum"], weight_decay=SGD["weight_decay"], clip_grad=1.0
+    )
+    optimizer = build_optimizer(policy, settings)
+    updates = [
+        worker.update(batch, rows.tolist(), optimizer, LOSS, weights=step_weights, **inputs)
+        for rows, step_weights in zip(steps, weights, strict=True)
+    ]
+    trainer.run_training(get_iterator_k_split(data, len(steps)))
+    for name in ("grad_norm", "loss/policy", "loss/entropy", "clip_fraction/low", "clip_fraction/high"):
+        ours = [update.metrics[name] for update in updates]
+        differences.note(f"{name} of the steps", records.values(f"train_optim/{name}"), ours)
+    native = dict(policy.modules[0].named_parameters())
+    for name, parameter in trainer.model.model.named_parameters():
+        differences.note("weights after the steps", parameter.data, native[name].data)
+    return differences.over_ranks(policy.runtime)
+
+
+def note_gradients(
+    differences: Differences,
+    trainer: EAPOTrainer,
+    rows: dict[str, Tensor],
+    policy: Policy,
+    accumulate: Callable[[], dict[str, float]],
+) -> None:
+    """Loss, metrics and gradients of one optimizer step that is not taken."""
+    trainer.model.prepare_for_training()
+    trainer.optimizer.zero_grad()
+    trainer.model.prepare_for_training_step()
+    loss, theirs = trainer.model.get_loss_and_metrics(rows, forward_only=False)
+    trainer.model.finish_training_step()
+    for name, ours in accumulate().items():
+        differences.note(name, [theirs[name]], [ours])
+    total = theirs["loss/policy"] - LOSS.entropy_coef * theirs["loss/entropy"]
+    differences.note("loss", [loss], [total])
+    native = dict(policy.modules[0].named_parameters())
+    names = [name for name, _ in trainer.model.model.named_parameters()]
+    gradients = [parameter.grad.flatten() for parameter in trainer.model.model.parameters()]
+    differences.note("gradients", torch.cat(gradients), torch.cat([native[name].main_grad.flatten() for name in names]))
+
+
+def rollout_batch() -> tuple[dict[str, Tensor], Tensor]:
+    """The training batch as the trainer gets it from its rollouts, and where its response tokens are, bool [N, S-1]."""
+    batch, length = training_batch(), 24
+    tokens = torch.full((batch.size, length), EOS)
+    prompts = torch.full((batch.size, length), EOS)
+    places = torch.zeros(batch.size, length, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
+        tokens[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        prompts[row, : len(prompt)] = torch.tensor(prompt)
+        places[row, len(prompt) : len(prompt) + len(response)] = True
+    prompt_lengths = torch.tensor([len(prompt) for prompt in batch.prompts])
+    rollouts = {
+        "response_tokens": tokens,
+        "prompt_tokens": prompts,
+        "prompt_lengths": prompt_lengths,
+        "response_lengths": prompt_lengths + batch.mask.sum(dim=1),
+        "rewards": batch.rewards,
+    }
+    return {name: values[ROLLOUT_ORDER] for name, values in rollouts.items()}, places[:, 1:]
+
+
+def configuration(parallel: Parallel, runtime: Runtime, folder: Path) -> DictConfig:
+    """The base configuration, for the tiny model and the arithmetic task on CPU."""
+    tokenizer = folder / "tokenizer"
+    data = {name: folder / f"{name}.jsonl" for name in ("train", "validation")}
+    if runtime.is_main:
+        extra = "".join(chr(ord("A") + i) for i in range(VOCAB_SIZE - 3 - len(ALPHABET)))
+        character_tokenizer(ALPHABET + extra).save_pretrained(tokenizer)
+        for name, split in (("train", "train"), ("validation", "held_out")):
+            examples = arithmetic_examples(split, seed=1, size=16, num_terms=[2])
+            lines = (json.dumps({"text": example.prompt, "answer": example.answer}) + "\n" for example in examples)
+            data[name].write_text("".join(lines))
+    torch.distributed.barrier()
+    with initialize_config_dir(str(RECIPES / "conf"), version_base=None):
+        cfg = compose("gpt_eapo_actor")
+    cpu = {
+        "trainer": {
+            "accelerator": "cpu",
+            "precision": 32,
+            "reinforce": {
+                "max_steps": FIT_STEPS,
+                "val_check_interval": FIT_STEPS,
+                "num_rollouts_per_prompt": GROUP,
+                "algorithm": {"loss": {"entropy_coef": LOSS.entropy_coef}},
+                "trt_llm": {"enable": False},
+            },
+        },
+        "verifier": {"reward": "nemo_reward:mostly_digits", "num_workers": 1},
+        "model": {
+            "reinforce": {
+                "num_rollout_samples": 4,
+                "rollout_micro_batch_size": 2,
+                "num_val_samples": 4,
+                "offload_adam_states": False,
+                "sampling_params": {"temperature": TEMPERATURE, "end_strings": ["<eos>"]},
+                "length_params": {"max_length": 8},
+            },
+            **parallel.model_dump(include={"tensor_model_parallel_size", "pipeline_model_parallel_size"}),
+            "micro_batch_size": 2,
+            "global_batch_size": GROUP,
+            "megatron_amp_O2": False,
+            "encoder_seq_length": 32,
+            "max_position_embeddings": HF_CONFIG["max_position_embeddings"],
+            "num_layers": HF_CONFIG["num_hidden_layers"],
+            "hidden_size": HF_CONFIG["hidden_size"],
+            "ffn_hidden_size": HF_CONFIG["intermediate_size"],
+            "num_attention_heads": HF_CONFIG["num_attention_heads"],
+            "num_query_groups": HF_CONFIG["num_key_value_heads"],
+            "init_method_std": HF_CONFIG["initializer_range"],
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "normalization": "rmsnorm",
+            "layernorm_epsilon": 1e-6,
+            "activation": "fast-swiglu",
+            "bias": False,
+            "qkv_bias": True,
+            "position_embedding_type": "rope",
+            "rotary_base": 10000,
+            "make_vocab_size_divisible_by": 8,
+            "bias_activation_fusion": False,
+            "bias_dropout_add_fusion": False,
+            "masked_softmax_fusion": False,
+            "persist_layer_norm": False,
+            "gradient_accumulation_fusion": False,
+            "transformer_engine": False,
+            "activations_checkpoint_granularity": None,
+            "activations_checkpoint_method": None,
+            "activations_checkpoint_num_layers": None,
+            "activations_checkpoint_layers_per_pipeline": None,
+            "use_cpu_initialization": True,
+            "tokenizer": {"library": "huggingface", "type": str(tokenizer), "use_fast": True},
+            "data": {
+                "data_prefix": {
+                    "train": [str(data["train"])],
+                    "validation": [str(data["validation"])],
+                    "test": [str(data["validation"])],
+                }
+            },
+        },
+    }
+    OmegaConf.set_struct(cfg, False)
+    cfg.model.optim = {"name": "sgd", **SGD}
+    return OmegaConf.merge(cfg, cpu)
+
+
+def pytorch_lightning_trainer(runtime: Runtime, records: Records) -> Trainer:
+    """On the ranks of this launch, as torchrun would have named them."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "tests", "LOCAL_WORLD_SIZE": str(runtime.world_size), "GROUP_RANK": "0"}
+    return Trainer(
+        accelerator="cpu",
+        devices=runtime.world_size,
+        strategy=NLPDDPStrategy(no_ddp_communication_hook=True, find_unused_parameters=False),
+        precision=32,
+        logger=records,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        max_epochs=1,
+        max_steps=-1,
+    )
+
+
+def copy_weights(policy: Policy, actor: MegatronGPTEAPOActorModel) -> None:
+    native = dict(policy.modules[0].named_parameters())
+    theirs = dict(actor.model.named_parameters())
+    assert theirs.keys() == native.keys()
+    for name, parameter in theirs.items():
+        parameter.data.copy_(native[name].data)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for name, (world_size, parallel) in LAYOUTS.items():
+        if world_size == int(os.environ["WORLD_SIZE"]):
+            results = measure(Parallel(**parallel), folder)
+            if os.environ["RANK"] == "0":
+                (folder / f"{name}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
