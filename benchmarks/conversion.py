@@ -3,8 +3,8 @@
     python -m benchmarks.conversion [--folder SCRATCH]
 
 Every measurement is a process of its own and ends with its files flushed to disk. Times are those of the conversion
-(or copy) itself; the seconds that Python takes to start and import torch stand beside them. Peak memory is the
-resident set above that of converting a checkpoint of a few kilobytes.
+(or copy) itself, once Python has started and imported torch. Peak memory is the resident set above that of converting
+a checkpoint of a few kilobytes.
 """
 
 from __future__ import annotations
