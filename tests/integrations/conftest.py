@@ -2,4 +2,6 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("nemo_aligner") else ["test_nemo_aligner.py"]
+NEEDS = {"nemo_aligner": "test_nemo_aligner.py", "nemo_run": "test_nemo_run.py"}
+
+collect_ignore = [test for package, test in NEEDS.items() if find_spec(package) is None]
