@@ -2,4 +2,10 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("nemo_aligner") else ["test_nemo_aligner.py"]
+NEEDS = {
+    "test_nemo_aligner.py": "nemo_aligner",
+    "test_nemo_aligner_settings.py": "nemo_aligner",
+    "test_nemo_run.py": "nemo_run",
+}
+
+collect_ignore = [test for test, package in NEEDS.items() if find_spec(package) is None]

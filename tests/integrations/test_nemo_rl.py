@@ -333,7 +333,8 @@ def policy_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]
 def test_the_policy_keeps_the_entropies(policy_module: types.ModuleType) -> None:
     policy = policy_module.EntropyPolicy(config={"megatron_cfg": {"enabled": True}}, cluster="cluster")
     assert policy.options["cluster"] == "cluster"
-    assert {policy.options["worker_extension_cls_fqn"]: "mcore"} == policy_module.ACTOR_ENVIRONMENT_REGISTRY
+    assert policy.options["worker_extension_cls_fqn"] == policy_module.WORKER
+    assert policy_module.ACTOR_ENVIRONMENT_REGISTRY == {policy_module.WORKER: "mcore"}
     result = policy.get_logprobs(BatchedDataDict(input_ids=torch.ones(2, 3)))
     assert result.keys() == {"logprobs"}
     assert torch.equal(policy.entropies, torch.ones(2, 3))
