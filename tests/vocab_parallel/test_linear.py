@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy
+from eapo_megatron.vocab_parallel.linear import default_backend
 from eapo_megatron.vocab_parallel.linear_tiles import BLOCK
 
 # Gradients relative to the largest element: 16-bit ones are the exact result rounded, so at most one rounding away.
@@ -188,22 +190,39 @@ def test_near_deterministic_rows_keep_their_small_entropy(gap: float) -> None:
     torch.testing.assert_close(log_probs.double(), expected.log_probs, rtol=5e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_backends_agree(dtype: torch.dtype) -> None:
-    results = []
-    for backend in ("tiles", "logits"):
-        hidden, weight, targets = random_case(30, 700, dtype=dtype)
-        temperature = torch.linspace(0.5, 2, 30)
-        for heat in (0.8, temperature):
-            outputs = linear_log_probs_and_entropy(
-                hidden, weight, targets, temperature=heat, entropy_grad=True, backend=backend, vocab_size=690
-            )
-            gradients = torch.autograd.grad(outputs, [hidden, weight], [torch.ones(30, dtype=dtype), 2 * temperature])
-            results.append([*outputs, *gradients])
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for tiles, logits in zip(results[:2], results[2:], strict=True):
-        for one, other in zip(tiles, logits, strict=True):
-            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize(
+    ("backend", "settings"),
+    [
+        ("logits", {}),
+        ("logits", {"temperature": torch.linspace(0.5, 2, 30)}),
+        ("triton", {"temperature": torch.linspace(0.5, 2, 30)}),
+        ("triton", {"grad_filter": 1e-7, "bias": torch.linspace(-1, 1, 1100)}),
+    ],
+)
+def test_every_backend_computes_the_same(backend: Any, settings: dict[str, Any]) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+        import triton_on_cpu  # noqa: F401
+    hidden, weight, targets = random_case(30, 1100)
+    targets %= 1090
+    upstream = (torch.linspace(-1, 1, 30).relu(), torch.linspace(-2, 1, 30).relu())
+    outputs = linear_log_probs_and_entropy(
+        hidden, weight, targets, vocab_size=1090, entropy_grad=True, backend=backend, **settings
+    )
+    gradients = torch.autograd.grad(outputs, [hidden, weight], upstream)
+    known = {name: value for name, value in settings.items() if name != "grad_filter"}
+    expected = reference(hidden, weight, targets, upstream, vocab_size=1090, **known)
+    torch.testing.assert_close(outputs[0].double(), expected.log_probs, rtol=5e-6, atol=0)
+    torch.testing.assert_close(outputs[1].double(), expected.entropy, rtol=5e-6, atol=0)
+    assert_gradient(gradients[0], expected.hidden, 1e-5)
+    assert_gradient(gradients[1], expected.weight, 1e-5)
+
+
+def test_the_backend_goes_by_device_and_dtype() -> None:
+    has_triton = importlib.util.find_spec("triton") is not None
+    assert default_backend(torch.device("cpu"), torch.float32) == "tiles"
+    assert default_backend(torch.device("cuda"), torch.float64) == "tiles"
+    assert default_backend(torch.device("cuda"), torch.bfloat16) == ("triton" if has_triton else "tiles")
 
 
 def test_a_row_without_a_finite_logit_is_nan_and_leaves_the_others_alone() -> None:
