@@ -1,5 +1,6 @@
 """Token log-probabilities and entropies over a vocabulary sharded across tensor-parallel ranks."""
 
+from eapo_megatron.vocab_parallel.linear import linear_log_probs_and_entropy
 from eapo_megatron.vocab_parallel.logits import vocab_parallel_log_probs_and_entropy
 
-__all__ = ["vocab_parallel_log_probs_and_entropy"]
+__all__ = ["linear_log_probs_and_entropy", "vocab_parallel_log_probs_and_entropy"]

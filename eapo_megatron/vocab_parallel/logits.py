@@ -33,8 +33,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# exp2 of this is exactly zero in every float type, and unlike -inf it can be multiplied by zero.
-_LOG2_OF_ZERO = -1100.0
+from eapo_megatron.vocab_parallel.merging import (
+    LOG2_OF_ZERO,
+    check_target_range,
+    gradient_terms,
+    log_probs_and_entropy,
+    merge_over_ranks,
+)
+
 # Elements of one chunk: on CPU a chunk and its scratch stay in the last-level cache; on GPU one chunk fills the device.
 _CHUNK_ELEMENTS_CPU = 1 << 19
 _CHUNK_ELEMENTS_GPU = 1 << 24
@@ -92,7 +98,7 @@ def vocab_parallel_log_probs_and_entropy(
         chunk_size = max(1, min(budget // width, targets.numel() // _MIN_CHUNKS))
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    _check_target_range(targets, vocab_size)
+    check_target_range(targets, vocab_size)
     columns = min(max(vocab_size - tp_rank * width, 0), width)
     return _LogProbsAndEntropy.apply(
         logits, targets, tp_group, tp_rank * width, columns, temperature, entropy_grad, chunk_size
@@ -111,15 +117,6 @@ def _check_tensors(logits: Tensor, targets: Tensor) -> None:
         raise ValueError("logits must have at least one column on every rank")
 
 
-def _check_target_range(targets: Tensor, vocab_size: int) -> None:
-    inside = ((targets >= 0) & (targets < vocab_size)).all()
-    message = f"targets must be global token ids in [0, {vocab_size})"
-    if targets.device.type != "cpu":
-        torch._assert_async(inside, message)
-    elif not inside:
-        raise ValueError(f"{message}, got {int(targets.min())} to {int(targets.max())}")
-
-
 def _chunks(chunk_size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views [<= chunk_size, V] over the rows of tensors [..., V] of one shape, in order; any strides, never a copy."""
     if tensors[0].dim() <= 2 or all(tensor.is_contiguous() for tensor in tensors):
@@ -129,7 +126,7 @@ def _chunks(chunk_size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
             yield from _chunks(chunk_size, *parts)
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
+def empty_like(tensor: Tensor) -> Tensor:
     """torch.empty_like; a large CPU buffer asks Linux for huge pages.
 
     Mapped 4 KiB at a time, the first touch of a vocabulary-sized buffer takes as long as the arithmetic on it.
@@ -141,19 +138,6 @@ def _empty_like(tensor: Tensor) -> Tensor:
         length = (buffer.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
     return buffer
-
-
-def _merge(stats: Tensor, owner: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(shift, log2 S, log p of the target, H), each [N] float64, from the four numbers of every rank, [TP, 4, N]."""
-    shifts, sums, weighted_sums, target_logits = stats.double().unbind(1)
-    shift = shifts.amax(0)
-    offset = (shifts - shift).clamp_(min=_LOG2_OF_ZERO)
-    weight = offset.exp2()
-    total = (weight * sums).sum(0)
-    mean = (weight * (weighted_sums + offset * sums)).sum(0) / total
-    log_sum = total.log2()
-    target = target_logits.gather(0, owner[None])[0] * scale
-    return shift, log_sum, (target - shift - log_sum) * math.log(2), (log_sum - mean) * math.log(2)
 
 
 class _LogProbsAndEntropy(torch.autograd.Function):
@@ -187,19 +171,16 @@ class _LogProbsAndEntropy(torch.autograd.Function):
                 # A finite shift keeps a row of -inf alone from becoming -inf - -inf.
                 torch.mul(real.amax(-1), scale, out=shift).clamp_(min=torch.finfo(dtype).min)
                 d, e = difference[: len(rows)], exponential[: len(rows)]
-                torch.add(-shift[:, None], real, alpha=scale, out=d).clamp_(min=_LOG2_OF_ZERO)
+                torch.add(-shift[:, None], real, alpha=scale, out=d).clamp_(min=LOG2_OF_ZERO)
                 torch.sum(torch.exp2(d, out=e), -1, out=sum_exp)
                 torch.sum(e.mul_(d), -1, out=sum_exp_z)
                 target.copy_(real.gather(1, local[start:stop])[:, 0])
                 start = stop
-        stats = stats[None]
-        if tp_group is not None:
-            tp_size = torch.distributed.get_world_size(tp_group)
-            gathered = stats.new_empty(tp_size, *stats.shape[1:])
-            torch.distributed.all_gather(list(gathered.unbind()), stats[0], group=tp_group)
-            stats = gathered
-        merged = _merge(stats, flat_targets // logits.shape[-1], scale)
-        shift, log_sum, log_probs, entropy = (value.to(dtype).view(targets.shape) for value in merged)
+        stats[3].masked_fill_(flat_targets // logits.shape[-1] != first_column // logits.shape[-1], 0)
+        whole = merge_over_ranks(stats, tp_group)
+        whole[3] *= scale
+        results = (whole[0], *log_probs_and_entropy(whole))
+        shift, log_sum, log_probs, entropy = (value.to(dtype).view(targets.shape) for value in results)
         ctx.save_for_backward(logits, targets, shift, log_sum, *([entropy] if entropy_grad else []))
         ctx.first_column, ctx.columns, ctx.chunk_size = first_column, columns, chunk_size
         ctx.temperature, ctx.scale = temperature, scale
@@ -213,17 +194,14 @@ class _LogProbsAndEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, targets, shift, log_sum, *entropy = ctx.saved_tensors
         columns = ctx.columns
-        # gradient_v = exp2(d_v) (bias + slope d_v) + 1[v = t] at_target,  d_v = scale z_v - shift,  p_v = exp2(d_v) / S
-        at_target = torch.zeros_like(shift) if grad_log_probs is None else grad_log_probs / ctx.temperature
-        bias, slope = -at_target, None
-        if grad_entropy is not None:
-            weight = grad_entropy / ctx.temperature
-            bias = bias - weight * (entropy[0] - log_sum * math.log(2))
-            slope = (weight * -math.log(2) * (-log_sum).exp2()).view(-1, 1)
-        bias = (bias * (-log_sum).exp2()).view(-1, 1)
+        # gradient_v = exp2(d_v) (constant + slope d_v) + 1[v = t] at_target,  d_v = scale z_v - shift
+        constant, slope, at_target = gradient_terms(
+            grad_log_probs, grad_entropy, log_sum, entropy[0] if entropy else None, ctx.temperature
+        )
+        constant, slope = constant.view(-1, 1), None if slope is None else slope.view(-1, 1)
         local = targets.reshape(-1, 1).long() - ctx.first_column
         at_target = at_target.reshape(-1, 1).masked_fill((local < 0) | (local >= columns), 0)
-        gradient = _empty_like(logits)
+        gradient = empty_like(logits)
         if columns < logits.shape[-1]:
             gradient[..., columns:] = 0
         if columns == 0:
@@ -236,12 +214,12 @@ class _LogProbsAndEntropy(torch.autograd.Function):
             stop = start + len(rows)
             e = scratch[0, : len(rows)]
             d = gradient_rows[:, :columns] if in_place else scratch[1, : len(rows)]
-            torch.add(-shift[start:stop], rows[:, :columns], alpha=ctx.scale, out=d).clamp_(min=_LOG2_OF_ZERO)
+            torch.add(-shift[start:stop], rows[:, :columns], alpha=ctx.scale, out=d).clamp_(min=LOG2_OF_ZERO)
             torch.exp2(d, out=e)
             if slope is None:
-                torch.mul(e, bias[start:stop], out=d)
+                torch.mul(e, constant[start:stop], out=d)
             else:
-                d.mul_(slope[start:stop]).add_(bias[start:stop]).mul_(e)
+                d.mul_(slope[start:stop]).add_(constant[start:stop]).mul_(e)
             d.scatter_add_(1, local[start:stop], at_target[start:stop])
             if not in_place:
                 gradient_rows[:, :columns] = d
