@@ -114,6 +114,7 @@ class Layout:
     recompute: str = "none"
     rollouts: bool = False
     resumes: bool = False
+    continues: str | None = None  # a layout that `resumes`, of the same launch: loads the checkpoint that it saved
 
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -178,7 +179,6 @@ LAYOUTS |= {
     for name, layout in {
         "single": Layout(1, rollouts=True),
         "TP2 SP": Layout(2, TP2 | SP, rollouts=True),
-        "TP2 SP EP2": Layout(2, TP2 | SP | EP2 | ETP1, micro_batch_size=1, rollouts=True),
         "PP2": Layout(2, PP2, rollouts=True),
         "EP2": Layout(2, EP2, micro_batch_size=1, rollouts=True),
         "EP2 PP2": Layout(4, EP2 | PP2, rollouts=True),
@@ -186,7 +186,10 @@ LAYOUTS |= {
 }
 LAYOUTS |= {
     "single, moonlight": Layout(1, model="moonlight", rollouts=True),
-    "single, deepseek_v3, Adam": Layout(1, model="deepseek_v3", optimizer="adam", resumes=True),
+    "EP2, deepseek_v3, sharded Adam": Layout(2, EP2 | SHARDED, model="deepseek_v3", optimizer="adam", resumes=True),
+    "PP2, deepseek_v3, from EP2": Layout(
+        2, PP2 | SHARDED, model="deepseek_v3", optimizer="adam", continues="EP2, deepseek_v3, sharded Adam"
+    ),
     "TP2 SP EP2, moonlight": Layout(2, TP2 | SP | EP2 | ETP1, model="moonlight", recompute="selective"),
     "EP2, deepseek_v3, bfloat16": Layout(
         2, EP2 | SHARDED, model="deepseek_v3", optimizer="adam", dtype="bfloat16", resumes=True
@@ -199,6 +202,17 @@ LAYOUTS |= {
         "EP2, full recompute": Layout(2, EP2, recompute="full"),
         "EP2, Adam": Layout(2, EP2, optimizer="adam", resumes=True),
         "EP2, Adam, distributed optimizer": Layout(2, EP2 | SHARDED, optimizer="adam", resumes=True),
+        "TP2 SP, from EP2": Layout(
+            2, TP2 | SP | SHARDED, optimizer="adam", continues="EP2, Adam, distributed optimizer, qwen3_moe, bare"
+        ),
+        "DP4 EP2, sharded Adam": Layout(4, EP2 | SHARDED, optimizer="adam", resumes=True),
+        "DP4 EP2, Adam": Layout(4, EP2, optimizer="adam", resumes=True),
+        "TP2 SP EP2, from DP4 EP2": Layout(
+            4, TP2 | SP | EP2 | SHARDED, optimizer="adam", continues="DP4 EP2, sharded Adam, qwen3_moe, bare"
+        ),
+        "TP2 SP PP2, from DP4 EP2": Layout(
+            4, TP2 | SP | PP2, optimizer="adam", continues="DP4 EP2, Adam, qwen3_moe, bare"
+        ),
         "TP2 SP EP2 PP2 VPP2": Layout(4, TP2 | SP | EP2 | ETP1 | PP2 | VPP2, rollouts=True),
         "TP2 SP EP2, Adam": Layout(4, TP2 | SP | EP2, optimizer="adam", rollouts=True),
         "TP2 SP EP2, Adam, distributed optimizer": Layout(4, TP2 | SP | EP2 | SHARDED, optimizer="adam"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +26,18 @@ def state(policy: Policy, optimizer: PolicyOptimizer) -> list[Tensor]:
     return [tensor.clone() for tensor in parameters + masters + moments]
 
 
+def continued(
+    folder: Path, policy: Policy, settings: Optimizer, step: Callable[[Policy, PolicyOptimizer], object]
+) -> None:
+    """Loads what `resumed_exactly` saved, under whatever layout, and takes the same further steps."""
+    optimizer = build_optimizer(policy, settings)
+    Checkpoints(folder, keep_last=1, keep_best=0).load(1, policy, optimizer.megatron, optimizer.schedule)
+    for _ in range(MORE_STEPS):
+        step(policy, optimizer)
+
+
 def resumed_exactly(
+    folder: Path,
     policy: Policy,
     optimizer: PolicyOptimizer,
     settings: Optimizer,
@@ -37,22 +47,20 @@ def resumed_exactly(
 ) -> dict[str, bool]:
     """Whether a new policy and optimizer that load the checkpoint hold, and go on to, the very same bits, all ranks."""
     runtime = policy.runtime
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(runtime.broadcast_object(own))
-        checkpoints = Checkpoints(folder, keep_last=1, keep_best=0)
-        checkpoints.save(1, policy, optimizer.megatron, optimizer.schedule, {"score": None})
-        saved = state(policy, optimizer)
-        for _ in range(MORE_STEPS):
-            step(policy, optimizer)
-        uninterrupted = state(policy, optimizer)
+    checkpoints = Checkpoints(folder, keep_last=1, keep_best=0)
+    checkpoints.save(1, policy, optimizer.megatron, optimizer.schedule, {"score": None})
+    saved = state(policy, optimizer)
+    for _ in range(MORE_STEPS):
+        step(policy, optimizer)
+    uninterrupted = state(policy, optimizer)
 
-        resumed = build_policy(policy.hf_config, model, parallel, runtime)
-        for module in resumed.modules:
-            for parameter in module.parameters():
-                parameter.data.fill_(torch.nan)
-        resumed_optimizer = build_optimizer(resumed, settings)
-        checkpoints.load(1, resumed, resumed_optimizer.megatron, resumed_optimizer.schedule)
-        dist.barrier()
+    resumed = build_policy(policy.hf_config, model, parallel, runtime)
+    for module in resumed.modules:
+        for parameter in module.parameters():
+            parameter.data.fill_(torch.nan)
+    resumed_optimizer = build_optimizer(resumed, settings)
+    checkpoints.load(1, resumed, resumed_optimizer.megatron, resumed_optimizer.schedule)
+    dist.barrier()
     loaded = state(resumed, resumed_optimizer)
     for _ in range(MORE_STEPS):
         step(resumed, resumed_optimizer)

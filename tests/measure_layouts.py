@@ -46,14 +46,14 @@ from layouts import (
 FAULTS = ("NaN loss", "Inf gradient")
 
 
-def measure(layout: Layout, models: Path) -> dict[str, Any]:
+def measure(name: str, layout: Layout, models: Path, out: Path) -> dict[str, Any]:
     parallel = Parallel(**layout.parallel)
     runtime = start_runtime(parallel, seed=1)
     source = HuggingFaceWeights(models / layout.model)
     model = Model(path=str(source.folder), dtype=layout.dtype, recompute=layout.recompute)
     policy = build_policy(source.hf_config, model, parallel, runtime)
     load_weights(policy, source)
-    results = measure_training(policy, layout, model)
+    results = measure_training(policy, layout, model, out / (layout.continues or name))
     if layout.rollouts:
         load_weights(policy, source)
         results["rollouts"] = measure_rollouts.responses(policy)
@@ -67,7 +67,7 @@ def measure(layout: Layout, models: Path) -> dict[str, Any]:
     return results
 
 
-def measure_training(policy: Policy, layout: Layout, model: Model) -> dict[str, Any]:
+def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: Path) -> dict[str, Any]:
     """Scores and gradients of the loaded weights, then optimizer steps with refused ones between them."""
     batch = training_batch()
     worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
@@ -103,16 +103,20 @@ def measure_training(policy: Policy, layout: Layout, model: Model) -> dict[str, 
     results["norms"] = [update.metrics["grad_norm"] for update in updates]
     results["lrs"] = [update.metrics["lr"] for update in updates]
     results["weights"] = whole_tensors(policy, lambda tensor: tensor.data)
+
+    def step(policy: Policy, optimizer: PolicyOptimizer) -> None:
+        worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
+        weights = weights_of(everything)
+        assert worker.update(batch, everything, optimizer, LossSettings(), weights=weights, **inputs).applied
+
     if layout.resumes:
-
-        def step(policy: Policy, optimizer: PolicyOptimizer) -> None:
-            worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
-            weights = weights_of(everything)
-            assert worker.update(batch, everything, optimizer, LossSettings(), weights=weights, **inputs).applied
-
         results["resumed"] = measure_checkpoints.resumed_exactly(
-            policy, optimizer, settings, model, Parallel(**layout.parallel), step
+            checkpoints, policy, optimizer, settings, model, Parallel(**layout.parallel), step
         )
+    if layout.continues:
+        measure_checkpoints.continued(checkpoints, policy, settings, step)
+    if layout.resumes or layout.continues:
+        results["later_weights"] = whole_tensors(policy, lambda tensor: tensor.data)
     return results
 
 
@@ -248,7 +252,7 @@ def main(models: Path, out: Path) -> None:
     torch.set_num_threads(1)
     for name, layout in LAYOUTS.items():
         if layout.world_size == int(os.environ["WORLD_SIZE"]):
-            results = measure(layout, models)
+            results = measure(name, layout, models, out)
             if os.environ["RANK"] == "0":
                 torch.save(results, out / f"{name}.pt")
 

@@ -97,7 +97,7 @@ class Checkpoints:
         loaded = _load_tensors(folder, _sharded_state(policy, optimizer, is_loading=True) | {"schedule": {}})
         _load_model(policy, loaded)
         with cuda_tensor_types(), _steps_kept_on_load(optimizer):
-            optimizer.load_state_dict(loaded["optimizer"])
+            _load_optimizer(optimizer, loaded["optimizer"])
         _unalias_steps(optimizer)
         schedule.load_state_dict(loaded["schedule"])
         state = self.state(step)
@@ -143,8 +143,37 @@ def _model_state(policy: Policy) -> dict[str, Any]:
 def _sharded_state(policy: Policy, optimizer: ChainedOptimizer, *, is_loading: bool = False) -> dict[str, Any]:
     state = _model_state(policy)
     with cuda_tensor_types():
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(METADATA))
+        state["optimizer"] = {
+            index: part.sharded_state_dict(_model_state(policy), is_loading=is_loading, metadata=dict(METADATA))
+            for index, part in enumerate(optimizer.chained_optimizers)
+        }
     return state
+
+
+def _load_optimizer(optimizer: ChainedOptimizer, states: dict[int, dict[str, Any]]) -> None:
+    """Loads each part of the optimizer: its own tensors, and the settings and step count of the saved first part.
+
+    Megatron keeps experts in a part of their own under expert parallelism alone, so the saved parts may be other ones.
+    """
+    saved = _torch_state(states[0])
+    by_decay = {group["wd_mult"]: group for group in saved["param_groups"]}
+    for index, part in enumerate(optimizer.chained_optimizers):
+        state = states[index]
+        if isinstance(part, DistributedOptimizer):
+            state = {"optimizer": {}, **states[0], **state}
+        own = _torch_state(state)
+        own["param_groups"] = [
+            {**by_decay[group["wd_mult"]], **{key: group[key] for key in ("params", "is_expert_parallel")}}
+            for group in part.optimizer.state_dict()["param_groups"]
+        ]
+        if "common_step" in saved.get("state", {}):
+            own["state"]["common_step"] = saved["state"]["common_step"]
+        part.load_state_dict(state)
+
+
+def _torch_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The torch optimizer's state within that of a part."""
+    return state.get("optimizer", state)
 
 
 def _load_model(policy: Policy, loaded: dict[str, Any]) -> None:

@@ -140,16 +140,16 @@ def named_weights(module: PolicyChunk, hf_config: Mapping[str, Any]) -> Iterator
     """Each parameter of a chunk, and each buffer that a checkpoint holds, with its mapping to Hugging Face tensors."""
     by_name = {weight.name: weight for weight in family_of(dict(hf_config)).weights(hf_config)}
     for name, parameter in module.named_parameters():
-        full_name = _global_name(module, name)
+        full_name = global_name(module, name)
         if full_name == "output_layer.weight" and full_name not in by_name:
             full_name = "embedding.word_embeddings.weight"  # a tied model's last stage holds its own copy
         yield name, parameter, by_name[full_name]
     for name, buffer in module.named_buffers():
-        if (full_name := _global_name(module, name)) in by_name:
+        if (full_name := global_name(module, name)) in by_name:
             yield name, buffer, by_name[full_name]
 
 
-def _global_name(module: PolicyChunk, name: str) -> str:
+def global_name(module: PolicyChunk, name: str) -> str:
     """A parameter's name in the whole model: a chunk counts its layers from 0, and a rank its experts."""
     # Transformer Engine fuses a norm into the linear layer that follows it.
     name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")

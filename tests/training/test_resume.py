@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import signal
 from pathlib import Path
 
@@ -33,6 +34,8 @@ evaluation: {every: 3}
 checkpoint: {every: 1, keep_last: 3}
 algorithm: {dynamic_sampling_rounds: 2}
 """
+
+EXPERTS = "num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 12, head_dim: 4, norm_topk_prob: true"
 
 GSM8K_LIKE = [
     {"question": f"Tom has {a} apples and buys {b} more. How many apples has he?", "answer": f"{a}+{b}\n#### {a + b}"}
@@ -88,6 +91,22 @@ def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arith
     assert summary["held_out"]["solve_rate_end"] == at_other_layout["held_out/solve_rate"]
     kept = sorted(path.name for path in (runs / "hung" / "checkpoints").iterdir())
     assert kept[-3:] == ["step_000004", "step_000005", "step_000006"]
+
+
+def test_replicas_that_share_experts_go_on_at_tp2(arithmetic: Path, tmp_path: Path) -> None:
+    text = arithmetic.read_text().replace("model_type: qwen2", f"model_type: qwen3_moe, {EXPERTS}")
+    arithmetic.write_text(text.replace("tensor_model_parallel_size: 2", "expert_model_parallel_size: 2"))
+    whole, moved = (tmp_path / runs / "experts" for runs in ("runs", "moved"))
+    train(arithmetic, "name=experts", "train.steps=3")
+    assert all(line["grad_norm"] > 0 for line in metrics(whole, first_step=1))
+    shutil.copytree(whole, moved)
+    shutil.rmtree(moved / "checkpoints" / "step_000003")
+    at_tp2 = ["expert_model_parallel_size=1", "tensor_model_parallel_size=2", "sequence_parallel=true"]
+    overrides = [f"logging.run_dir={moved.parent}", *(f"parallel.{setting}" for setting in at_tp2)]
+    train(arithmetic, "name=experts", "train.steps=3", *overrides)
+    (at_other_layout,) = metrics(moved, first_step=3)
+    for name, value in metrics(whole, first_step=3)[0].items():
+        assert at_other_layout[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
 def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
