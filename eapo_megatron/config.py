@@ -46,6 +46,13 @@ class Cluster(Section):
         return self.num_nodes * self.gpus_per_node
 
 
+class Head(Section):
+    """How log-probs and entropies come from the last hidden states (`vocab_parallel.linear_log_probs_and_entropy`)."""
+
+    backend: Literal["tiles", "triton", "logits"] | None = None  # default: triton on NVIDIA GPUs, tiles elsewhere
+    grad_filter: float = Field(0.0, ge=0, lt=1)  # softmax mass of a token that backward may leave out
+
+
 class Model(Section):
     """A Hugging Face folder (`path`), or random weights for an `architecture` given by config.json's keys."""
 
@@ -57,6 +64,7 @@ class Model(Section):
     tokenizer: str | None = None  # a folder; default: `path`, or the built-in task's own
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"
+    head: Head = Head()
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
@@ -320,6 +328,7 @@ class Recipe(Section):
             ("model", "recompute"),
         ):
             del settings[section][key]
+        del settings["model"]["head"]["backend"]
         return settings
 
 

@@ -112,6 +112,7 @@ class Layout:
     optimizer: str = "sgd"
     dtype: str = "float32"
     recompute: str = "none"
+    head: str | None = None
     rollouts: bool = False
     resumes: bool = False
     continues: str | None = None  # a layout that `resumes`, of the same launch: loads the checkpoint that it saved
@@ -132,12 +133,14 @@ LAYOUTS: dict[str, Layout] = {
     "single, untied": Layout(1, model="untied"),
     "single, one kv head": Layout(1, model="one kv head"),
     "single, bfloat16": Layout(1, dtype="bfloat16"),
+    "single, logits": Layout(1, head="logits"),
     "single, Adam": Layout(1, optimizer="adam", resumes=True),
     "single, Adam, distributed optimizer": Layout(1, SHARDED, optimizer="adam", resumes=True),
     "TP2": Layout(2, TP2, rollouts=True),
     "TP2, one kv head": Layout(2, TP2, model="one kv head", rollouts=True),
     "TP2, untied": Layout(2, TP2, model="untied", micro_batch_size=1),
     "TP2 SP": Layout(2, TP2 | SP, rollouts=True),
+    "TP2 SP, logits": Layout(2, TP2 | SP, model="untied", head="logits"),
     "TP2 SP, full recompute": Layout(2, TP2 | SP, recompute="full"),
     "PP2": Layout(2, PP2, rollouts=True),
     "PP2, micro-batch 1": Layout(2, PP2, micro_batch_size=1),
@@ -198,6 +201,7 @@ LAYOUTS |= {
 LAYOUTS |= {
     f"{name}, qwen3_moe, bare": replace(layout, model="qwen3_moe, bare")
     for name, layout in {
+        "single, logits": Layout(1, head="logits"),
         "single, Adam": Layout(1, optimizer="adam", resumes=True),
         "EP2, full recompute": Layout(2, EP2, recompute="full"),
         "EP2, Adam": Layout(2, EP2, optimizer="adam", resumes=True),

@@ -21,7 +21,7 @@ from torch import Tensor
 import measure_checkpoints
 import measure_rollouts
 from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
-from eapo_megatron.config import Model, Optimizer, Parallel
+from eapo_megatron.config import Head, Model, Optimizer, Parallel
 from eapo_megatron.models.conversion import load_weights
 from eapo_megatron.models.families import Weight, family_of
 from eapo_megatron.models.huggingface import HuggingFaceWeights, RandomWeights
@@ -50,7 +50,9 @@ def measure(name: str, layout: Layout, models: Path, out: Path) -> dict[str, Any
     parallel = Parallel(**layout.parallel)
     runtime = start_runtime(parallel, seed=1)
     source = HuggingFaceWeights(models / layout.model)
-    model = Model(path=str(source.folder), dtype=layout.dtype, recompute=layout.recompute)
+    model = Model(
+        path=str(source.folder), dtype=layout.dtype, recompute=layout.recompute, head=Head(backend=layout.head)
+    )
     policy = build_policy(source.hf_config, model, parallel, runtime)
     load_weights(policy, source)
     results = measure_training(policy, layout, model, out / (layout.continues or name))

@@ -1,7 +1,8 @@
 """The policy: megatron-core's GPTModel on each pipeline stage, with a head that runs on chosen positions only.
 
 At 150k vocabulary the logits dwarf every other activation, and a policy needs them at response positions alone; so
-the last stage's forward takes the positions it shall score and projects nothing else.
+the last stage's forward takes the positions it shall score and projects nothing else. What training needs of them, the
+log-probs of the tokens there and the entropies, comes from the fused head: logits exist in decoding only.
 """
 
 from __future__ import annotations
@@ -25,24 +26,37 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from eapo_megatron.config import Model, Parallel
+from eapo_megatron.config import Head, Model, Parallel
 from eapo_megatron.models.block import block_spec
 from eapo_megatron.models.families import Weight, family_of, padded_vocab_size
 from eapo_megatron.models.runtime import Runtime
+from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy
 
 SEQUENCE_PARALLEL_ATTRIBUTES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class PolicyChunk(GPTModel):
-    """One chunk of layers on one pipeline stage."""
+@dataclass(frozen=True)
+class Scoring:
+    """The tokens to score at the head's positions, and how."""
 
-    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+    targets: Tensor  # int64 [M]
+    temperature: float
+    entropy_grad: bool = False
+
+
+class PolicyChunk(GPTModel):
+    """One chunk of layers on one pipeline stage.
+
+    `real_vocab_size` is the vocabulary without the columns that pad it to the layout.
+    """
+
+    def __init__(self, config: TransformerConfig, *, head: Head, real_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
+        self.head = head
+        self.real_vocab_size = real_vocab_size
         if self.post_process:
-            # The head gets hidden states already gathered over the sequence, so its input gradient is all-reduced.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
+            self.output_layer.sequence_parallel = False  # the head gets hidden states gathered over the sequence
 
     def forward(  # type: ignore[override]
         self,
@@ -51,12 +65,14 @@ class PolicyChunk(GPTModel):
         attention_mask: Tensor | None = None,
         *,
         head_positions: tuple[Tensor, Tensor] | None = None,
+        scoring: Scoring | None = None,
         inference_context: StaticInferenceContext | None = None,
     ) -> Tensor:
-        """input_ids [b, s] -> hidden states [s, b, H]; on the last chunk logits [M, V/TP] of M chosen positions.
+        """input_ids [b, s] -> hidden states [s, b, H]; on the last chunk log-probs and entropies of M chosen positions.
 
-        `head_positions` are their rows (in b) and columns (in s), each int64 [M]. Without `attention_mask` (bool,
-        True where not allowed) attention is causal.
+        They are float32 [2, M]; without `scoring` the last chunk gives logits [M, V/TP] instead. `head_positions` are
+        the positions' rows (in b) and columns (in s), each int64 [M]. Without `attention_mask` (bool, True where not
+        allowed) attention is causal.
         """
         decoder_input, rotary_pos_emb, *_ = self._preprocess(
             input_ids=input_ids, position_ids=position_ids, inference_context=inference_context
@@ -71,11 +87,28 @@ class PolicyChunk(GPTModel):
             return hidden
         assert head_positions is not None
         if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+            hidden = gather_from_sequence_parallel_region(hidden)  # whose backward sums over ranks
         rows, columns = head_positions
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden[columns, rows].unsqueeze(1), weight=weight)
-        return logits.squeeze(1)
+        hidden = hidden[columns, rows]
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        if scoring is None:
+            logits, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)
+            return logits.squeeze(1)
+        log_probs, entropies = linear_log_probs_and_entropy(
+            hidden,
+            weight,
+            scoring.targets,
+            tp_group=self.pg_collection.tp,
+            vocab_size=self.real_vocab_size,
+            temperature=scoring.temperature,
+            entropy_grad=scoring.entropy_grad,
+            allreduce_dgrad=not self.config.sequence_parallel,
+            gradient_accumulation_fusion=True,
+            grad_filter=self.head.grad_filter,
+            backend=self.head.backend,
+        )
+        return torch.stack((log_probs, entropies))
 
 
 @dataclass
@@ -226,6 +259,8 @@ def build_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel,
         module = PolicyChunk(
             config,
             transformer_layer_spec=block_spec(config, vp_stage=vp_stage, transformer_engine=use_te),
+            head=model.head,
+            real_vocab_size=hf_config["vocab_size"],
             vocab_size=padded_vocab_size(hf_config["vocab_size"], parallel.tensor_model_parallel_size),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),

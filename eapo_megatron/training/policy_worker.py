@@ -10,16 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from eapo_megatron.algorithms import LossInputs, LossSettings, policy_loss_unchecked
-from eapo_megatron.models.policy_model import Policy
+from eapo_megatron.models.policy_model import Policy, Scoring
 from eapo_megatron.training.batching import Batch, MicroBatch, data_parallel_share, micro_batches
 from eapo_megatron.training.optimizer import PolicyOptimizer
-from eapo_megatron.vocab_parallel import vocab_parallel_log_probs_and_entropy
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,11 @@ class PolicyWorker:
         """Log-probs and entropies of every response token, from one forward."""
         results = torch.zeros(2, *batch.mask.shape, device=self.policy.runtime.device)
 
-        def collect(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict]:
-            log_probs, entropies = self._log_probs_and_entropies(micro, logits)
+        def collect(micro: MicroBatch, scores: Tensor) -> tuple[Tensor, Tensor, dict]:
             if self.policy.runtime.reports_last_stage and micro.rows_in_batch.numel():
-                width = micro.mask.shape[1]
-                results[0, micro.rows_in_batch, :width] = micro.to_responses(log_probs)
-                results[1, micro.rows_in_batch, :width] = micro.to_responses(entropies)
-            return _nothing(logits), _nothing(logits).int(), {}
+                for result, score in zip(results, scores, strict=True):
+                    result[micro.rows_in_batch, : micro.mask.shape[1]] = micro.to_responses(score)
+            return _nothing(scores), _nothing(scores).int(), {}
 
         with torch.no_grad():
             self._run(self._micro_batches(batch, range(batch.size)), collect, forward_only=True)
@@ -103,11 +99,11 @@ class PolicyWorker:
         """Forward and backward over `rows`: global gradients in main_grad, global sums of the loss's metrics."""
         unset = torch.zeros_like(weights)
 
-        def loss(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            log_probs, entropies = self._log_probs_and_entropies(micro, logits, entropy_grad=settings.entropy_coef != 0)
+        def loss(micro: MicroBatch, scores: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             cut = (micro.rows_in_batch, slice(micro.mask.shape[1]))
             if not micro.rows_in_batch.numel():
-                return logits.sum(), _nothing(logits).int(), {}
+                return scores.sum(), _nothing(scores).int(), {}
+            log_probs, entropies = scores
             outputs = policy_loss_unchecked(
                 LossInputs(
                     log_probs=micro.to_responses(log_probs),
@@ -120,10 +116,12 @@ class PolicyWorker:
                 settings,
             )
             # The schedule holds on to both: no token count (gradients are already normalised), and the metrics.
-            return outputs.loss, _nothing(logits).int(), outputs.metrics
+            return outputs.loss, _nothing(scores).int(), outputs.metrics
 
         self.policy.zero_grad()
-        outputs = self._run(self._micro_batches(batch, rows), loss, forward_only=False)
+        outputs = self._run(
+            self._micro_batches(batch, rows), loss, forward_only=False, entropy_grad=settings.entropy_coef != 0
+        )
         local: Counter[str] = Counter()
         if self.policy.runtime.reports_last_stage:
             for metrics in outputs:
@@ -148,26 +146,15 @@ class PolicyWorker:
             interleave=config.pipeline_model_parallel_size if interleaved else 0,
         )
 
-    def _log_probs_and_entropies(
-        self, micro: MicroBatch, logits: Tensor, *, entropy_grad: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        return vocab_parallel_log_probs_and_entropy(
-            logits,
-            micro.targets,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            vocab_size=self.policy.vocab_size,
-            temperature=self.temperature,
-            entropy_grad=entropy_grad,
-        )
-
     def _run(
-        self, micros: list[MicroBatch], consume: Callable[..., Any], *, forward_only: bool
+        self, micros: list[MicroBatch], consume: Callable[..., Any], *, forward_only: bool, entropy_grad: bool = False
     ) -> list[dict[str, Tensor]]:
-        """All micro-batches through Megatron's schedule; `consume(micro, logits)` runs on the last stage."""
+        """All micro-batches through Megatron's schedule; `consume(micro, scores [2, M])` runs on the last stage."""
 
         def forward_step(micro_iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
             micro = next(micro_iterator)
-            output = chunk(micro.input_ids, micro.position_ids, head_positions=micro.head_positions)
+            scoring = Scoring(micro.targets, self.temperature, entropy_grad)
+            output = chunk(micro.input_ids, micro.position_ids, head_positions=micro.head_positions, scoring=scoring)
             return output, partial(consume, micro)
 
         chunks = self.policy.chunks

@@ -57,7 +57,7 @@ def test_weights_move_as_the_reference_under_consecutive_steps(name: str, measur
 def test_distributed_optimizer_takes_the_same_steps(name: str, measured: Measured) -> None:
     plain = measured(name.removesuffix(", distributed optimizer"))
     actual = measured(name)
-    assert actual["norms"] == pytest.approx(plain["norms"], rel=1e-6)
+    assert actual["norms"] == pytest.approx(plain["norms"], rel=5e-6)
     assert largest_difference(actual["weights"], plain["weights"]) < 1e-6 * largest(plain["weights"])
 
 
