@@ -139,7 +139,8 @@ def _backward(layout: Layout, stage: int) -> Traffic:
         edges = (stage == 0) + (stage == layout.pp - 1)  # embedding and head
         sent += Traffic(tp=edges * _ring(layout.tp) * hidden)
     elif stage == layout.pp - 1:
-        sent += Traffic(tp=2 * _ring(layout.tp) * _answered(layout) * _hidden(layout))  # of the head's input
+        width = FLOAT32 * layout.shape.hidden_size  # of the gradient of the head's input
+        sent += Traffic(tp=2 * _ring(layout.tp) * _answered(layout) * width)
     return sent
 
 
