@@ -1,21 +1,17 @@
-"""Vocabulary-parallel log-probability and entropy against the straightforward version: memory, time, error.
+"""Log-probability and entropy over a sharded vocabulary, from logits and from hidden states: memory, time, error.
 
 `python -m benchmarks.vocab_parallel` starts its own gloo ranks, one thread each, and takes the medians of repeats in
-which the two versions and a plain copy of the logits alternate. One local logits buffer is the unit of memory, V.
+which the versions alternate: here the function of logits, a straightforward version and a plain copy of the logits,
+with one local logits buffer as the unit of memory, V; then the fused head on its grid (fused_head.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,9 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import fused_head
+from benchmarks.measuring import circumstances, holding, milliseconds, peak_and_collectives
 from eapo_megatron.vocab_parallel import vocab_parallel_log_probs_and_entropy
 
 RESULTS = Path(__file__).parent / "results" / "vocab_parallel.json"
@@ -73,26 +70,10 @@ VERSIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def peak_and_collectives(call: Callable[[], Any]) -> tuple[Any, int, int]:
-    """What call returns, the most bytes it held at once beyond those before it, and the collectives it started."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    allocations = [event.nbytes() for event in events if event.name() == "[memory]"]
-    collectives = sum(event.name().startswith("c10d::") for event in events)
-    return result, max(accumulate(allocations), default=0), collectives
-
-
 def profiled(version: Callable, logits: Tensor, targets: Tensor, upstream: list[Tensor]) -> dict[str, float]:
-    held: dict[int, int] = {}
-
-    def count(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
-        outputs, forward_peak, forward_collectives = peak_and_collectives(lambda: version(logits, targets))
+    (outputs, forward_peak, forward_collectives), held = holding(
+        lambda: peak_and_collectives(lambda: version(logits, targets))
+    )
     held.pop(logits.untyped_storage().data_ptr())
     _, backward_peak, backward_collectives = peak_and_collectives(
         lambda: torch.autograd.grad(outputs, [logits], upstream)
@@ -125,15 +106,6 @@ def errors(version: Callable, logits: Tensor, targets: Tensor, upstream: list[Te
         "entropy_relative_error": float((entropies / entropy.detach() - 1).abs().max()),
         "gradient_error": float((gradient - expected).abs().max() / expected.abs().max()),
     }
-
-
-def milliseconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Time until the slowest rank is done."""
-    dist.barrier()
-    start = time.perf_counter()
-    result = call()
-    dist.barrier()
-    return 1e3 * (time.perf_counter() - start), result
 
 
 def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
@@ -175,26 +147,16 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def write(options: argparse.Namespace, records: dict[str, dict[str, float]], copy: float) -> None:
-    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__}
-    load = os.getloadavg()[0]
     setting = {"tokens": options.tokens, "vocab": options.vocab, "tp": options.tp, "dtype": "float32"}
     record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
+        **circumstances(),
         "setting": setting | {"repeats": options.repeats, "backend": "gloo", "threads_per_rank": 1},
-        "load_average": load,  # more than tp: other work shared the cores, and only the ratios mean something
         "copy_ms": copy,
         "versions": records,
     }
     options.output.write_text(json.dumps(record, indent=2) + "\n")
-    table = Table(title="  ".join(f"{key}={value}" for key, value in (setting | machine).items()))
+    table = Table(title="  ".join(f"{key}={value}" for key, value in (setting | record["machine"]).items()))
     names = ["", "fwd coll.", "bwd coll.", "fwd peak", "held for bwd", "bwd peak", "fwd + bwd ms", "ratio", "x copy"]
     for name in [*names, "log p err.", "H rel. err.", "grad err."]:
         table.add_column(name, justify="right", no_wrap=True)
@@ -218,14 +180,18 @@ def write(options: argparse.Namespace, records: dict[str, dict[str, float]], cop
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["logits", "head"], help="one of the two functions")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=152_064, help="global vocabulary, a multiple of --tp")
     parser.add_argument("--tp", type=int, default=2, help="ranks that share the vocabulary")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, args=(options, folder), nprocs=options.tp)
+    if options.only != "head":
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(measure, args=(options, folder), nprocs=options.tp)
+    if options.only != "logits":
+        fused_head.run(Straightforward.apply)
 
 
 if __name__ == "__main__":

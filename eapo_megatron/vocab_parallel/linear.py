@@ -120,7 +120,7 @@ def linear_log_probs_and_entropy(
     check_target_range(targets, vocab_size)
     if backend == "logits":
         if tp_group is not None and allreduce_dgrad:
-            hidden = _SumGradient.apply(hidden, tp_group)
+            hidden = SumGradient.apply(hidden, tp_group)
         logits = torch.nn.functional.linear(hidden, weight, bias)
         if isinstance(temperature, Tensor):
             logits, temperature = logits / temperature[..., None], 1.0
@@ -187,7 +187,7 @@ def _check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
         raise ValueError(f"temperature must be positive and finite, got {float(temperature.min())} at least")
 
 
-class _SumGradient(torch.autograd.Function):
+class SumGradient(torch.autograd.Function):
     """Identity whose gradient is summed over the ranks of a group."""
 
     @staticmethod
