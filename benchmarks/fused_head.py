@@ -145,12 +145,12 @@ def peaked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.where(certain[:, None], at_target, hidden.detach()).requires_grad_()
 
 
-def measure(rank: int, points: Sequence[Point], straightforward: Any, folder: str) -> None:
+def measure(rank: int, point: Point, straightforward: Any, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=points[0].tp)
-    records = [measure_point(point, rank, straightforward) for point in points]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=point.tp)
+    record = measure_point(point, rank, straightforward)
     if rank == 0:
-        Path(folder, "records.json").write_text(json.dumps(records))
+        Path(folder, "record.json").write_text(json.dumps(record))
     dist.destroy_process_group()
 
 
@@ -205,17 +205,16 @@ def measure_point(point: Point, rank: int, straightforward: Any) -> dict[str, An
 
 
 def run(straightforward: Any, points: Sequence[Point] = GRID, output: Path = RESULTS) -> None:
-    """Measures every point, prints a table and writes the results."""
-    before = circumstances()
-    records = []
-    for tp in dict.fromkeys(point.tp for point in points):
-        with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(measure, args=([p for p in points if p.tp == tp], straightforward, folder), nprocs=tp)
-            records += json.loads(Path(folder, "records.json").read_text())
+    """Measures the points one after another, each with a table when it is done, and writes the results."""
     how = {"dtype": "float32", "backend": "gloo", "threads_per_rank": 1, "grad_filter": FILTER}
-    unmeasured = {"GPU": "not measured", "Liger-Kernel and other Triton losses": "not measured: they need a GPU"}
-    output.write_text(json.dumps({**before, "setting": how, "points": records, "others": unmeasured}, indent=2) + "\n")
-    Console(width=190).print(*map(table_of, records), sep="\n")
+    others = {"GPU": "not measured", "Liger-Kernel and other Triton losses": "not measured: they need a GPU"}
+    records: list[dict[str, Any]] = []
+    for point in points:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(measure, args=(point, straightforward, folder), nprocs=point.tp)
+            records.append({**circumstances(), **json.loads(Path(folder, "record.json").read_text())})
+        Console(width=190).print(table_of(records[-1]))
+    output.write_text(json.dumps({"setting": how, "others": others, "points": records}, indent=2) + "\n")
 
 
 def table_of(record: dict[str, Any]) -> Table:

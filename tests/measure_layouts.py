@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from torch import Tensor
 
 import measure_checkpoints
+import measure_long_responses
 import measure_rollouts
 from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Head, Model, Optimizer, Parallel
@@ -257,6 +259,9 @@ def main(models: Path, out: Path) -> None:
             results = measure(name, layout, models, out)
             if os.environ["RANK"] == "0":
                 torch.save(results, out / f"{name}.pt")
+    if os.environ["WORLD_SIZE"] == "1":
+        cases = product((None, "logits"), (False, True))
+        torch.save({case: measure_long_responses.peaks_of_logits(*case) for case in cases}, out / "long responses.pt")
 
 
 if __name__ == "__main__":

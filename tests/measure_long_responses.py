@@ -1,0 +1,64 @@
+"""The memory of scoring and training on responses whose logits would be the largest tensors by far, on one rank."""
+
+from __future__ import annotations
+
+import os
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from eapo_megatron.algorithms import LossSettings, loss_weights
+from eapo_megatron.config import Head, Model, Parallel
+from eapo_megatron.models.conversion import load_weights
+from eapo_megatron.models.huggingface import RandomWeights
+from eapo_megatron.models.policy_model import build_policy
+from eapo_megatron.models.runtime import start_runtime, stop_runtime
+from eapo_megatron.rollout.engine import Response
+from eapo_megatron.training.batching import make_batch
+from eapo_megatron.training.policy_worker import PolicyWorker
+from launch import free_port
+
+VOCAB_SIZE = 100_003
+RESPONSES, TOKENS = 8, 64
+
+
+def peaks_of_logits(backend: Literal["logits"] | None, tie_word_embeddings: bool) -> dict[str, float]:
+    """The most bytes held at once in scoring and in forward and backward, as parts of one micro-batch's logits."""
+    architecture: dict[str, Any] = {
+        "model_type": "qwen2",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tie_word_embeddings,
+    }
+    runtime = start_runtime(Parallel(), seed=1)
+    model = Model(architecture=architecture, dtype="float32", head=Head(backend=backend))
+    policy = build_policy(architecture, model, Parallel(), runtime)
+    load_weights(policy, RandomWeights(architecture, seed=1))
+    worker = PolicyWorker(policy, micro_batch_size=RESPONSES, temperature=1.0)
+    response = Response(list(range(TOKENS)), [0.0] * TOKENS, True)
+    batch = make_batch([[1]], [[response] * RESPONSES], [[1.0] * RESPONSES], runtime.device)
+    weights = loss_weights(batch.mask, batch.group_ids, aggregation="token_mean")
+    calls = {
+        "scoring": lambda: worker.score(batch),
+        "training": lambda: worker.accumulate(
+            batch, range(RESPONSES), LossSettings(), weights=weights, advantages=torch.ones_like(weights)
+        ),
+    }
+    logits = 4 * RESPONSES * TOKENS * VOCAB_SIZE
+    peaks = {}
+    for name, call in calls.items():
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        held = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+        peaks[name] = max(held) / logits
+    os.environ["MASTER_PORT"] = str(free_port())
+    stop_runtime()
+    return peaks
