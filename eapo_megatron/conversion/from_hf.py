@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from eapo_megatron.config import RecipeError
-from eapo_megatron.conversion.ahead import ahead
 from eapo_megatron.conversion.progress import progress_of
 from eapo_megatron.durable import new_folder
 from eapo_megatron.models import assets
@@ -19,7 +18,7 @@ from eapo_megatron.models.families import Weight, family_of
 from eapo_megatron.models.huggingface import HuggingFaceWeights
 from eapo_megatron.models.megatron_weights import TRACKER, chunks_of
 from eapo_megatron.models.tensor_files import listed
-from eapo_megatron.models.torch_dist import write_torch_dist
+from eapo_megatron.models.torch_dist import Chunk, write_torch_dist
 
 RELEASE = "release"  # what Megatron-LM calls a checkpoint that starts a run: weights alone, iteration 0
 # Before version 3 Megatron-LM reorders the queries, keys and values that it loads.
@@ -52,14 +51,14 @@ def from_hf(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> Non
         new_folder(out) as unfinished,
     ):
 
-        def values() -> Iterator[Tensor]:
-            for chunk, (weight, part) in chunks.items():
-                advance(chunk.nbytes)
-                yield weight.merge([hf.read(name).to(chunk.dtype) for name in weight.hf_names])[part]
+        def read(chunk: Chunk) -> Tensor:
+            weight, part = chunks[chunk]
+            advance(chunk.nbytes)
+            return weight.merge([hf.read(name).to(chunk.dtype) for name in weight.hf_names])[part]
 
         release = unfinished / RELEASE
         release.mkdir()
-        write_torch_dist(release, list(chunks), ahead(values()), empty_objects=_extra_states(places.values(), stacks))
+        write_torch_dist(release, list(chunks), read, empty_objects=_extra_states(places.values(), stacks))
         torch.save(COMMON, release / "common.pt")
         (unfinished / TRACKER).write_text(RELEASE)
         (unfinished / assets.FOLDER).mkdir()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from eapo_megatron.config import RecipeError
-from eapo_megatron.conversion.ahead import ahead
 from eapo_megatron.conversion.progress import progress_of
 from eapo_megatron.conversion.safetensors_writer import plan_shards, write_shards
 from eapo_megatron.durable import new_folder
@@ -59,7 +58,7 @@ def to_hf(
                     advance(tensor.numel() * dtypes[weight.name].itemsize)
                     yield name, tensor.to(dtypes[weight.name])
 
-        write_shards(unfinished, plan_shards(infos, max_shard_bytes), ahead(tensors()))
+        write_shards(unfinished, plan_shards(infos, max_shard_bytes), tensors())
         if config != config_file:  # a folder, not a lone file
             assets.copy_assets(config_file.parent, unfinished)
         _write_config(config_file, unfinished, sizes.most_common(1)[0][0])

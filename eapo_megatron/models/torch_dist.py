@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,27 +125,26 @@ class TorchDistTensors:
 
 
 class _From(DefaultSavePlanner):
-    """Takes what is to be written when its turn comes."""
+    """Makes what is to be written when its turn comes."""
 
-    def __init__(self, chunks: Sequence[Chunk], values: Iterator[Tensor]) -> None:
+    def __init__(self, chunks: Sequence[Chunk], read: Callable[[Chunk], Tensor]) -> None:
         super().__init__()
-        self._coming = zip(chunks, values, strict=True)
+        self._chunks = {_index(chunk): chunk for chunk in chunks}
+        self._read = read
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             empty = io.BytesIO()
             torch.save([None], empty)  # megatron-core keeps an object as a list of one
             return empty
-        chunk, value = next(self._coming)
-        if write_item.index != _index(chunk):
-            raise ValueError(f"{chunk.key} at {chunk.offsets} came for {write_item.index}")
-        return value.view(chunk.sizes)
+        chunk = self._chunks[write_item.index]
+        return self._read(chunk).view(chunk.sizes)
 
 
 def write_torch_dist(
-    folder: Path, chunks: Sequence[Chunk], values: Iterator[Tensor], *, empty_objects: Sequence[str] = ()
+    folder: Path, chunks: Sequence[Chunk], read: Callable[[Chunk], Tensor], *, empty_objects: Sequence[str] = ()
 ) -> None:
-    """Writes a torch_dist checkpoint into an existing folder, from the chunks' values in their order.
+    """Writes a torch_dist checkpoint into an existing folder, asking `read` for one chunk after the other.
 
     `empty_objects` are keys that hold None.
     """
@@ -162,7 +161,7 @@ def write_torch_dist(
     writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = create_default_global_save_plan([SavePlan(group) for group in groups if group])
-    planner = _From(chunks, values)
+    planner = _From(chunks, read)
     with _without_checksums():
         results = [writer.write_data(plan, planner).value() for plan in writer.prepare_global_plan(plans)]
     writer.finish(metadata, results)
