@@ -3,8 +3,9 @@
     python -m benchmarks.conversion [--folder SCRATCH]
 
 Every measurement is a process of its own and ends with its files flushed to disk. Times are those of the conversion
-(or copy) itself, once Python has started and imported torch. Peak memory is the resident set above that of converting
-a checkpoint of a few kilobytes.
+(or copy) itself, once Python has started and imported torch; the ways take turns, the fastest of each counts. As much
+memory as the page cache will take is touched before each: a virtual machine may take seconds to give 2 GB that it has
+not given before. Peak memory is the resident set above that of converting a checkpoint of a few kilobytes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.measuring import circumstances
 from eapo_megatron.conversion.safetensors_writer import plan_shards, write_shards
 from eapo_megatron.models.assets import write_config
 from eapo_megatron.models.families import family_of
@@ -46,7 +47,15 @@ LARGE = {
 }
 TINY = LARGE | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
 SHARD_BYTES = 2**29
-REPEATS = 3
+MEMORY_BYTES = 3 * 2**30  # what converting it writes, and more
+REPEATS = 9
+
+TOUCHED = """
+import mmap, sys
+memory = mmap.mmap(-1, int(sys.argv[1]))
+for page in range(0, len(memory), mmap.PAGESIZE):
+    memory[page] = 1
+"""
 
 MEASURED = """
 import json, resource, sys, time
@@ -80,13 +89,14 @@ def write_random(folder: Path, hf_config: Mapping[str, Any]) -> int:
         for name, shape in shapes.items():
             yield name, torch.randn(shape, dtype=torch.bfloat16)
 
-    write_shards(folder, plan_shards(infos, SHARD_BYTES), tensors())
+    write_shards(folder, plan_shards(infos, SHARD_BYTES), tensors(), written=lambda file: None)
     return sum(torch.Size(shape).numel() * 2 for shape in shapes.values())
 
 
 def measure(way: str, source: Path, out: Path, shard_bytes: int) -> dict[str, float]:
     """Seconds and peak resident bytes of one conversion or copy in a process of its own."""
     shutil.rmtree(out, ignore_errors=True)
+    subprocess.run([sys.executable, "-c", TOUCHED, str(MEMORY_BYTES)], check=True)
     command = [sys.executable, "-c", MEASURED, way, str(source), str(out), str(shard_bytes)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
@@ -124,8 +134,7 @@ def run(folder: Path) -> dict[str, Any]:
             results[way].append(measure(way, folder / source, folder / outs[way], SHARD_BYTES))
     seconds = {way: min(result["seconds"] for result in measured) for way, measured in results.items()}
     return {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "torch": torch.__version__,
+        **circumstances(),
         "bytes": size,
         "shard_bytes": SHARD_BYTES,
         "ways": {

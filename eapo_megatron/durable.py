@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +27,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+@contextmanager
+def flushing_behind() -> Iterator[Callable[[Path], None]]:
+    """Gives a function that starts to flush a file to disk while the caller goes on writing, to it or to others.
+
+    The disk is then busy from the first file on, and `new_folder` finds little left to flush. What went wrong is raised
+    when the block ends.
+    """
+    with ThreadPoolExecutor(max_workers=1) as flusher:
+        flushes: list[Future[None]] = []
+        yield lambda file: flushes.append(flusher.submit(sync_path, file))
+        for flush in flushes:
+            flush.result()
 
 
 def sync_tree(folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eapo_megatron.config import RecipeError
 from eapo_megatron.conversion.progress import progress_of
-from eapo_megatron.durable import new_folder
+from eapo_megatron.durable import flushing_behind, new_folder
 from eapo_megatron.models import assets
 from eapo_megatron.models.checkpoint_keys import Place, places_to_write, stack_sizes
 from eapo_megatron.models.families import Weight, family_of
@@ -49,6 +49,7 @@ def from_hf(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> Non
     with (
         progress_of(out.name, sum(chunk.nbytes for chunk in chunks)) as advance,
         new_folder(out) as unfinished,
+        flushing_behind() as flush,
     ):
 
         def read(chunk: Chunk) -> Tensor:
@@ -58,7 +59,8 @@ def from_hf(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> Non
 
         release = unfinished / RELEASE
         release.mkdir()
-        write_torch_dist(release, list(chunks), read, empty_objects=_extra_states(places.values(), stacks))
+        extra_states = _extra_states(places.values(), stacks)
+        write_torch_dist(release, list(chunks), read, flush, empty_objects=extra_states)
         torch.save(COMMON, release / "common.pt")
         (unfinished / TRACKER).write_text(RELEASE)
         (unfinished / assets.FOLDER).mkdir()

@@ -6,7 +6,7 @@ https://github.com/huggingface/safetensors#format. The library itself writes a f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from eapo_megatron.models.tensor_files import SAFETENSORS_DTYPES, TensorInfo
 
 NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 ALIGNMENT = 8
+FLUSH_BYTES = 128 * 2**20
 
 
 class Shard(NamedTuple):
@@ -44,8 +45,12 @@ def plan_shards(infos: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[S
     ]
 
 
-def write_shards(folder: Path, shards: Sequence[Shard], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_shards(
+    folder: Path, shards: Sequence[Shard], tensors: Iterable[tuple[str, Tensor]], written: Callable[[Path], object]
+) -> None:
     """Writes the shards, and the index of several, from tensors that come in the shards' order.
+
+    `written` is told of a file whenever there is more of it to flush to disk.
 
     Raises:
         ValueError: when a tensor is not the one that was planned.
@@ -54,11 +59,16 @@ def write_shards(folder: Path, shards: Sequence[Shard], tensors: Iterable[tuple[
     for shard in shards:
         with (folder / shard.file).open("wb") as file:
             file.write(_header(shard))
+            told = 0
             for planned, info in shard.tensors.items():
                 name, tensor = next(coming)
                 if name != planned or TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
                     raise ValueError(f"tensor {name} {tuple(tensor.shape)} {tensor.dtype} came for {planned} {info}")
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                if file.tell() - told > FLUSH_BYTES:
+                    told = file.tell()
+                    written(folder / shard.file)
+        written(folder / shard.file)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(_nbytes(info) for shard in shards for info in shard.tensors.values())},

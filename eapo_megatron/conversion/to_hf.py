@@ -14,7 +14,7 @@ from torch import Tensor
 from eapo_megatron.config import RecipeError
 from eapo_megatron.conversion.progress import progress_of
 from eapo_megatron.conversion.safetensors_writer import plan_shards, write_shards
-from eapo_megatron.durable import new_folder
+from eapo_megatron.durable import flushing_behind, new_folder
 from eapo_megatron.models import assets
 from eapo_megatron.models.huggingface import read_config_file
 from eapo_megatron.models.megatron_weights import MegatronWeights, find_checkpoint
@@ -50,7 +50,11 @@ def to_hf(
     for info in infos.values():
         sizes[info.dtype] += torch.Size(info.shape).numel() * info.dtype.itemsize
 
-    with progress_of(out.name, sizes.total()) as advance, new_folder(out) as unfinished:
+    with (
+        progress_of(out.name, sizes.total()) as advance,
+        new_folder(out) as unfinished,
+        flushing_behind() as flush,
+    ):
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for weight in weights:
@@ -58,7 +62,7 @@ def to_hf(
                     advance(tensor.numel() * dtypes[weight.name].itemsize)
                     yield name, tensor.to(dtypes[weight.name])
 
-        write_shards(unfinished, plan_shards(infos, max_shard_bytes), tensors())
+        write_shards(unfinished, plan_shards(infos, max_shard_bytes), tensors(), flush)
         if config != config_file:  # a folder, not a lone file
             assets.copy_assets(config_file.parent, unfinished)
         _write_config(config_file, unfinished, sizes.most_common(1)[0][0])

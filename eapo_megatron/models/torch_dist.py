@@ -142,11 +142,16 @@ class _From(DefaultSavePlanner):
 
 
 def write_torch_dist(
-    folder: Path, chunks: Sequence[Chunk], read: Callable[[Chunk], Tensor], *, empty_objects: Sequence[str] = ()
+    folder: Path,
+    chunks: Sequence[Chunk],
+    read: Callable[[Chunk], Tensor],
+    written: Callable[[Path], object],
+    *,
+    empty_objects: Sequence[str] = (),
 ) -> None:
     """Writes a torch_dist checkpoint into an existing folder, asking `read` for one chunk after the other.
 
-    `empty_objects` are keys that hold None.
+    `written` is told of each file to flush to disk; `empty_objects` are keys that hold None.
     """
     groups: list[list[WriteItem]] = [
         [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in empty_objects]
@@ -163,7 +168,11 @@ def write_torch_dist(
     plans, metadata = create_default_global_save_plan([SavePlan(group) for group in groups if group])
     planner = _From(chunks, read)
     with _without_checksums():
-        results = [writer.write_data(plan, planner).value() for plan in writer.prepare_global_plan(plans)]
+        results = []
+        for plan in writer.prepare_global_plan(plans):
+            results.append(writer.write_data(plan, planner).value())
+            for file in {result.storage_data.relative_path for result in results[-1]}:
+                written(folder / file)
     writer.finish(metadata, results)
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
 

@@ -1,0 +1,31 @@
+"""Files flushed to disk while others are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from eapo_megatron.durable import flushing_behind
+
+
+def test_every_file_is_flushed_before_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    files = [tmp_path / str(number) for number in range(5)]
+    with flushing_behind() as flush:
+        for file in files:
+            file.touch()
+            flush(file)
+    assert flushed == [str(file.resolve()) for file in files]
+
+
+def test_what_went_wrong_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="No space left"), flushing_behind() as flush:
+        flush(tmp_path / "file")
