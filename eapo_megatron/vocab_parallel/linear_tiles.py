@@ -11,6 +11,9 @@ for grad_hidden = g W and grad_weight = g^T hidden: one matrix product forward a
 
 Everything is computed in float32 (float64 for float64 inputs): 16-bit inputs are widened a tile at a time, so neither
 logits nor their gradients are ever rounded to 16 bits.
+
+torch multiplies float32 matrices by MKL, which leaves AVX-512 unused on other makers' processors: oneDNN, which torch
+comes with as well, multiplies the tiles there.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 from eapo_megatron.vocab_parallel.merging import LOG2_OF_ZERO
 
 BLOCK = 512  # columns of a vocabulary block
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 _CHUNK = 512  # tokens of a tile: large enough for matrix products at full speed, small enough for the cache
 
 
@@ -60,7 +64,8 @@ def forward(
         elsewhere = (target < 0) | (target >= len(strip))
         target.masked_fill_(elsewhere, 0)
         for rows in _chunks(tokens, chunk):
-            z, e = _logits(hidden[rows].to(precise), strip, strip_bias, scale[rows], scratch)
+            z = _logits(hidden[rows].to(precise), strip, strip_bias, scale[rows])
+            e = scratch[: len(z), : len(strip)]
             shift, sum_exp, sum_exp_d, z_target = partials[block, :, rows]
             z_target.copy_(z.gather(1, target[rows, None])[:, 0]).masked_fill_(elsewhere[rows], 0)
             # A finite shift keeps a row of -inf alone from becoming -inf - -inf.
@@ -68,6 +73,7 @@ def forward(
             d = z.sub_(shift[:, None]).clamp_(min=LOG2_OF_ZERO)
             torch.sum(torch.exp2(d, out=e), 1, out=sum_exp)
             torch.sum(e.mul_(d), 1, out=sum_exp_d)
+            del z, d  # before the next tile is made
     return partials
 
 
@@ -120,7 +126,8 @@ def backward(
         of_bias = None if grad_bias is None else scale.new_zeros(len(strip))
         for rows in selection:
             states = hidden[rows].to(precise)
-            z, e = _logits(states, strip, strip_bias, scale[rows], scratch)
+            z = _logits(states, strip, strip_bias, scale[rows])
+            e = scratch[: len(z), : len(strip)]
             d = z.sub_(shift[rows, None]).clamp_(min=LOG2_OF_ZERO)
             torch.exp2(d, out=e)
             if slope is None:
@@ -130,13 +137,14 @@ def backward(
             g.scatter_add_(1, target[rows], at_strip[rows])
             if of_hidden is not None:
                 if isinstance(rows, slice):
-                    of_hidden[rows].addmm_(g, strip)
+                    _add_product(of_hidden[rows], g, strip)
                 else:
-                    of_hidden.index_add_(0, rows, g @ strip)
+                    of_hidden.index_add_(0, rows, _product(g, strip))
             if of_weight is not None:
-                of_weight.addmm_(g.T, states)
+                _add_product(of_weight, g.T, states)
             if of_bias is not None:
                 of_bias += g.sum(0)
+            del z, d, g  # before the next tile is made
         if grad_weight is not None and of_weight is not None and of_weight.dtype != grad_weight.dtype:
             grad_weight[columns] += of_weight
         if grad_bias is not None and of_bias is not None:
@@ -161,15 +169,27 @@ def _selected_rows(keep: Tensor | None, tokens: int, chunk: int) -> Iterable[sli
 
 
 def _scratch(scale: Tensor, chunk: int) -> Tensor:
-    return scale.new_empty(2, chunk, BLOCK)
+    return scale.new_empty(chunk, BLOCK)
 
 
-def _logits(
-    states: Tensor, strip: Tensor, bias: Tensor | None, scale: Tensor, scratch: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A tile of z, and scratch of its shape."""
-    z, e = scratch[:, : len(states), : len(strip)]
-    torch.mm(states, strip.T, out=z)
+def _logits(states: Tensor, strip: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """A tile of z."""
+    z = _product(states, strip.T)
     if bias is not None:
         z += bias
-    return z.mul_(scale[:, None]), e
+    return z.mul_(scale[:, None])
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right."""
+    if ONEDNN and left.dtype == torch.float32 and left.device.type == "cpu":
+        return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+    return left @ right
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right."""
+    if ONEDNN and left.dtype == torch.float32 and left.device.type == "cpu":
+        total += _product(left, right)
+    else:
+        total.addmm_(left, right)

@@ -15,7 +15,7 @@ from test_logits import peak_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy
+from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy, linear_tiles
 from eapo_megatron.vocab_parallel.linear import default_backend
 from eapo_megatron.vocab_parallel.linear_tiles import BLOCK
 
@@ -285,9 +285,37 @@ def products(call: Any) -> tuple[Any, int]:
     def in_place(total: torch.Size, left: torch.Size, right: torch.Size, **_: Any) -> int:
         return 2 * left[0] * left[1] * right[1]
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+    def of_onednn(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * left[0] * left[1] * right[0]
+
+    counted = {torch.ops.aten.addmm_: in_place, torch.ops.mkldnn._linear_pointwise: of_onednn}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
         result = call()
     return result, counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_either_librarys_products(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_tiles, "ONEDNN", onednn)
+    calls = 0
+
+    def count(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return original(*arguments)
+
+    original = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", count)
+    hidden, weight, targets = random_case(40, 2 * BLOCK + 9, 16)
+    upstream = (torch.linspace(-1, 1, 40), torch.linspace(1, 2, 40) * (torch.arange(40) % 3 > 0))
+    log_probs, entropy = linear_log_probs_and_entropy(hidden, weight, targets, entropy_grad=True)
+    gradients = torch.autograd.grad([log_probs, entropy], [hidden, weight], upstream)
+    expected = reference(hidden, weight, targets, upstream)
+    torch.testing.assert_close(log_probs.double(), expected.log_probs, rtol=5e-6, atol=5e-6)
+    torch.testing.assert_close(entropy.double(), expected.entropy, rtol=5e-6, atol=0)
+    assert_gradient(gradients[0], expected.hidden, 1e-5)
+    assert_gradient(gradients[1], expected.weight, 1e-5)
+    assert calls == (3 * 4 if onednn else 0)  # blocks x products
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden"])
