@@ -5,6 +5,10 @@ the gradients of hidden and weight with an entropy gradient, for all tokens ("ba
 without upstream gradient ("sparse"), as when only the tokens of high entropy are trained on. The unit of memory is the
 local logits in float32; the gradients of hidden and weight, which every version returns, are not counted.
 
+"fused" multiplies by oneDNN where the processor has AVX-512, torch's materialised logits by MKL, which on processors
+of other makers than Intel leaves it unused. "fused by MKL" shows what is left without that difference: four products
+against three. Each point's record has the speed of both libraries on a tile.
+
 Gradient filtering is measured on flat distributions (logits drawn at random) and on peaked ones (three tokens in four
 near-deterministic, as a trained policy's are).
 """
@@ -28,11 +32,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.measuring import circumstances, holding, milliseconds, peak_and_collectives
-from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy
+from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy, linear_tiles
 from eapo_megatron.vocab_parallel.linear import SumGradient
 
 RESULTS = Path(__file__).parent / "results" / "fused_head.json"
 FILTER = 2**-9
+ONEDNN = linear_tiles.ONEDNN
 SAMPLE = 16  # tokens whose errors against float64 are computed
 
 Outputs = tuple[Tensor, Tensor]
@@ -46,7 +51,7 @@ class Point:
     tp: int
     vocab: int = 152_064
     repeats: int = 3
-    versions: tuple[str, ...] = ("torch", "logits", "fused")
+    versions: tuple[str, ...] = ("torch", "logits", "fused by MKL", "fused")
     filtering: bool = False
 
 
@@ -55,8 +60,8 @@ GRID = [
     Point(512, 896, 2, filtering=True),
     Point(512, 896, 4),
     Point(512, 896, 2, vocab=32_768),
-    Point(512, 3584, 2, versions=("logits", "fused"), repeats=2),
-    Point(4096, 896, 2, versions=("logits", "fused"), repeats=1),
+    Point(512, 3584, 2, versions=("logits", "fused by MKL", "fused"), repeats=2),
+    Point(4096, 896, 2, versions=("logits", "fused by MKL", "fused"), repeats=1),
     Point(8192, 896, 2, versions=("fused",), repeats=1),
 ]
 
@@ -80,6 +85,22 @@ def ours(**settings: Any) -> Version:
         )
 
     return version
+
+
+def choose_products(name: str) -> None:
+    """By the version's name: of the next forward and of its backward."""
+    linear_tiles.ONEDNN = ONEDNN and name != "fused by MKL"
+
+
+def products_gflops() -> dict[str, float]:
+    """10^9 floating-point operations a second of a product [512, 896] x [896, 512] in one thread, best of 10."""
+    left, right = torch.randn(512, 896), torch.randn(896, 512)
+    speeds = {}
+    for library, onednn in ({"MKL": False, "oneDNN": True} if ONEDNN else {"torch's": False}).items():
+        linear_tiles.ONEDNN = onednn
+        times = [milliseconds(lambda: linear_tiles._product(left, right))[0] for _ in range(10)]
+        speeds[library] = 2e-6 * 512 * 896 * 512 / min(times)
+    return speeds
 
 
 def profiled(version: Version, inputs: Sequence[Tensor], upstream: list[Tensor], unit: int) -> dict[str, float]:
@@ -156,7 +177,7 @@ def measure(rank: int, point: Point, straightforward: Any, folder: str) -> None:
 
 def measure_point(point: Point, rank: int, straightforward: Any) -> dict[str, Any]:
     versions = {
-        name: {"torch": with_torch(straightforward), "logits": ours(backend="logits"), "fused": ours()}[name]
+        name: {"torch": with_torch(straightforward), "logits": ours(backend="logits")}.get(name, ours())
         for name in point.versions
     }
     flat = inputs_of(point, rank)
@@ -165,6 +186,7 @@ def measure_point(point: Point, rank: int, straightforward: Any) -> dict[str, An
     unit = 4 * point.tokens * point.vocab // point.tp
     results: dict[str, dict[str, float]] = {}
     for name, version in versions.items():
+        choose_products(name)
         results[name] = profiled(version, flat, dense, unit) | errors(version, flat, dense)
     cases = {name: (version, flat) for name, version in versions.items()}
     if point.filtering:
@@ -177,6 +199,7 @@ def measure_point(point: Point, rank: int, straightforward: Any) -> dict[str, An
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in cases}
     for _ in range(point.repeats):
         for name, (version, inputs) in cases.items():
+            choose_products(name)
             forward, outputs = milliseconds(lambda version=version, inputs=inputs: version(*inputs))
             backward = [
                 milliseconds(
@@ -201,13 +224,17 @@ def measure_point(point: Point, rank: int, straightforward: Any) -> dict[str, An
         if name.startswith("filtered"):
             unfiltered = results["fused" if name.endswith("flat") else "fused, peaked"]
             result["backward_to_unfiltered"] = result["backward_ms"] / unfiltered["backward_ms"]
-    return {"setting": asdict(point), "versions": results}
+    return {"setting": asdict(point), "products_gflops": products_gflops(), "versions": results}
 
 
 def run(straightforward: Any, points: Sequence[Point] = GRID, output: Path = RESULTS) -> None:
     """Measures the points one after another, each with a table when it is done, and writes the results."""
     how = {"dtype": "float32", "backend": "gloo", "threads_per_rank": 1, "grad_filter": FILTER}
-    others = {"GPU": "not measured", "Liger-Kernel and other Triton losses": "not measured: they need a GPU"}
+    others = {
+        "GPU": "not measured",
+        "Liger-Kernel and other Triton losses": "not measured: they need a GPU",
+        "torch.nn.functional.linear_cross_entropy": "not measured: it gives no entropy",
+    }
     records: list[dict[str, Any]] = []
     for point in points:
         with tempfile.TemporaryDirectory() as folder:
