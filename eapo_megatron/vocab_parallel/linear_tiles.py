@@ -26,6 +26,7 @@ from torch import Tensor
 from eapo_megatron.vocab_parallel.merging import LOG2_OF_ZERO
 
 BLOCK = 512  # columns of a vocabulary block
+# Whether float32 tiles on CPU are multiplied by oneDNN.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 _CHUNK = 512  # tokens of a tile: large enough for matrix products at full speed, small enough for the cache
 
@@ -182,14 +183,18 @@ def _logits(states: Tensor, strip: Tensor, bias: Tensor | None, scale: Tensor) -
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right."""
-    if ONEDNN and left.dtype == torch.float32 and left.device.type == "cpu":
+    if _onednn_takes(left):
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
     return left @ right
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right."""
-    if ONEDNN and left.dtype == torch.float32 and left.device.type == "cpu":
+    if _onednn_takes(left):
         total += _product(left, right)
     else:
         total.addmm_(left, right)
+
+
+def _onednn_takes(factor: Tensor) -> bool:
+    return ONEDNN and factor.dtype == torch.float32 and factor.device.type == "cpu"
