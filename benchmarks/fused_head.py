@@ -176,10 +176,13 @@ def measure(rank: int, point: Point, straightforward: Any, folder: str) -> None:
 
 
 def measure_point(point: Point, rank: int, straightforward: Any) -> dict[str, Any]:
-    versions = {
-        name: {"torch": with_torch(straightforward), "logits": ours(backend="logits")}.get(name, ours())
-        for name in point.versions
+    known = {
+        "torch": with_torch(straightforward),
+        "logits": ours(backend="logits"),
+        "fused by MKL": ours(),
+        "fused": ours(),
     }
+    versions = {name: known[name] for name in point.versions}
     flat = inputs_of(point, rank)
     dense = [torch.linspace(-1, 1, point.tokens), torch.linspace(1, 2, point.tokens)]
     sparse = [gradient * (torch.arange(point.tokens) % 5 == 0) for gradient in dense]
