@@ -27,10 +27,10 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measuring import circumstances
-from eapo_megatron.conversion.safetensors_writer import plan_shards, write_shards
-from eapo_megatron.models.assets import write_config
-from eapo_megatron.models.families import family_of
-from eapo_megatron.models.tensor_files import TensorInfo
+from eapo_megatron.weights.assets import write_config
+from eapo_megatron.weights.convert.safetensors_writer import plan_shards, write_shards
+from eapo_megatron.weights.families import family_of
+from eapo_megatron.weights.tensor_files import TensorInfo
 
 # The sizes of a 1B model with 24 layers: 2.0 GB in bfloat16.
 LARGE = {
@@ -61,7 +61,7 @@ MEASURED = """
 import json, resource, sys, time
 from pathlib import Path
 from shutil import copytree
-from eapo_megatron.conversion import from_hf, to_hf
+from eapo_megatron.weights.convert import from_hf, to_hf
 from eapo_megatron.durable import sync_tree
 
 way, source, out, shard_bytes = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])

@@ -21,14 +21,14 @@ import torch
 
 from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Model, Optimizer, Parallel
-from eapo_megatron.models.conversion import load_weights
-from eapo_megatron.models.huggingface import RandomWeights
-from eapo_megatron.models.policy_model import build_policy
-from eapo_megatron.models.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.batching import make_batch
+from eapo_megatron.policy.optimizer import build_optimizer
+from eapo_megatron.policy.policy_model import build_policy
+from eapo_megatron.policy.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.rollout.engine import Response
-from eapo_megatron.training.batching import make_batch
-from eapo_megatron.training.optimizer import build_optimizer
-from eapo_megatron.training.policy_worker import PolicyWorker
+from eapo_megatron.weights.huggingface import RandomWeights
+from eapo_megatron.weights.load import load_weights
 
 RESULTS = Path(__file__).parent / "results" / "long_responses.json"
 VOCAB_SIZE = 152_064

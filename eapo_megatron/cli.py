@@ -120,7 +120,7 @@ def convert_to_hf(
     max_shard_size: Annotated[float, typer.Option(min=1e-6, help="Of a safetensors file, in GiB.")] = 5.0,
 ) -> None:
     """Writes a Hugging Face folder from a checkpoint of this project, Megatron-LM or NeMo 2."""
-    from eapo_megatron.conversion import to_hf  # torch: seconds
+    from eapo_megatron.weights.convert import to_hf  # torch: seconds
 
     with _whole_or_nothing(out):
         to_hf(source, out, config=config, dtype=_dtype(dtype), max_shard_bytes=int(max_shard_size * GIB))
@@ -133,7 +133,7 @@ def convert_from_hf(
     dtype: Annotated[DType | None, typer.Option(help="Default: as the folder has it.")] = None,
 ) -> None:
     """Writes a megatron-core torch_dist checkpoint from a Hugging Face folder."""
-    from eapo_megatron.conversion import from_hf  # torch: seconds
+    from eapo_megatron.weights.convert import from_hf  # torch: seconds
 
     with _whole_or_nothing(out):
         from_hf(source, out, dtype=_dtype(dtype))
@@ -167,9 +167,9 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
     # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
 
-    from eapo_megatron.models.runtime import start_runtime, stop_runtime  # megatron: seconds
+    from eapo_megatron.policy.runtime import start_runtime, stop_runtime  # megatron: seconds
     from eapo_megatron.training.loop import train as train_run
-    from eapo_megatron.training.run import InterruptedRunError, TrainingStoppedError, open_run
+    from eapo_megatron.training.session import InterruptedRunError, TrainingStoppedError, open_run
 
     runtime = start_runtime(
         settings.parallel,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from eapo_megatron.policy.batching import Batch, make_batch
 from eapo_megatron.rollout.engine import Response
-from eapo_megatron.training.batching import Batch, make_batch
 
 VOCAB_SIZE = 37  # odd: every layout pads it
 TEMPERATURE = 0.8

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eapo_megatron.config import Model, Optimizer, Parallel
-from eapo_megatron.models.checkpoint import Checkpoints
-from eapo_megatron.models.policy_model import Policy, build_policy
-from eapo_megatron.training.optimizer import PolicyOptimizer, build_optimizer
+from eapo_megatron.policy.checkpoint import Checkpoints
+from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
+from eapo_megatron.policy.policy_model import Policy, build_policy
 
 MORE_STEPS = 3
 

@@ -15,13 +15,13 @@ from megatron.core import dist_checkpointing
 
 import measure_rollouts
 from eapo_megatron.config import Model, Optimizer, Parallel
-from eapo_megatron.models.checkpoint import Checkpoints, init_optimizer_state, load_policy_weights
-from eapo_megatron.models.conversion import load_weights
-from eapo_megatron.models.huggingface import HuggingFaceWeights
-from eapo_megatron.models.policy_model import build_policy, named_weights
-from eapo_megatron.models.runtime import Runtime, start_runtime, stop_runtime
+from eapo_megatron.policy.checkpoint import Checkpoints, init_optimizer_state, load_policy_weights
+from eapo_megatron.policy.optimizer import build_optimizer
+from eapo_megatron.policy.policy_model import build_policy, named_weights
+from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
-from eapo_megatron.training.optimizer import build_optimizer
+from eapo_megatron.weights.huggingface import HuggingFaceWeights
+from eapo_megatron.weights.load import load_weights
 from launch import free_port
 from layouts import EP2, MODELS, PP2, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, TP2
 

@@ -24,14 +24,14 @@ import measure_long_responses
 import measure_rollouts
 from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Head, Model, Optimizer, Parallel
-from eapo_megatron.models.conversion import load_weights
-from eapo_megatron.models.families import Weight, family_of
-from eapo_megatron.models.huggingface import HuggingFaceWeights, RandomWeights
-from eapo_megatron.models.policy_model import Policy, build_policy, named_weights
-from eapo_megatron.models.runtime import start_runtime, stop_runtime
-from eapo_megatron.training.batching import Batch
-from eapo_megatron.training.optimizer import PolicyOptimizer, build_optimizer
-from eapo_megatron.training.policy_worker import PolicyWorker
+from eapo_megatron.policy.batching import Batch
+from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
+from eapo_megatron.policy.policy_model import Policy, build_policy, named_weights
+from eapo_megatron.policy.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.worker import PolicyWorker
+from eapo_megatron.weights.families import Weight, family_of
+from eapo_megatron.weights.huggingface import HuggingFaceWeights, RandomWeights
+from eapo_megatron.weights.load import load_weights
 from launch import free_port
 from layouts import (
     DECAY_STEPS,

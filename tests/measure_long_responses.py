@@ -11,13 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from eapo_megatron.algorithms import LossSettings, loss_weights
 from eapo_megatron.config import Head, Model, Parallel
-from eapo_megatron.models.conversion import load_weights
-from eapo_megatron.models.huggingface import RandomWeights
-from eapo_megatron.models.policy_model import build_policy
-from eapo_megatron.models.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.batching import make_batch
+from eapo_megatron.policy.policy_model import build_policy
+from eapo_megatron.policy.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.rollout.engine import Response
-from eapo_megatron.training.batching import make_batch
-from eapo_megatron.training.policy_worker import PolicyWorker
+from eapo_megatron.weights.huggingface import RandomWeights
+from eapo_megatron.weights.load import load_weights
 from launch import free_port
 
 VOCAB_SIZE = 100_003

@@ -32,12 +32,12 @@ from eapo_megatron.data import arithmetic_examples
 from eapo_megatron.data.arithmetic import ALPHABET
 from eapo_megatron.data.tokenizers import character_tokenizer
 from eapo_megatron.integrations.nemo_aligner import EAPOTrainer, MegatronGPTEAPOActorModel
-from eapo_megatron.models.conversion import load_weights
-from eapo_megatron.models.huggingface import RandomWeights
-from eapo_megatron.models.policy_model import Policy, build_policy
-from eapo_megatron.models.runtime import Runtime, start_runtime, stop_runtime
-from eapo_megatron.training.optimizer import build_optimizer
-from eapo_megatron.training.policy_worker import PolicyWorker
+from eapo_megatron.policy.optimizer import build_optimizer
+from eapo_megatron.policy.policy_model import Policy, build_policy
+from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
+from eapo_megatron.policy.worker import PolicyWorker
+from eapo_megatron.weights.huggingface import RandomWeights
+from eapo_megatron.weights.load import load_weights
 from launch import free_port
 from layouts import MODELS, TEMPERATURE, VOCAB_SIZE, old_policy_offsets, training_batch
 

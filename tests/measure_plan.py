@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eapo_megatron.algorithms import LossSettings, loss_weights
-from eapo_megatron.models.policy_model import Policy, build_policy
-from eapo_megatron.models.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.batching import make_batch
+from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
+from eapo_megatron.policy.policy_model import Policy, build_policy
+from eapo_megatron.policy.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.rollout import megatron_engine
 from eapo_megatron.rollout.engine import Response, SamplingParams
-from eapo_megatron.training.batching import make_batch
 from eapo_megatron.training.loop import mini_batches
-from eapo_megatron.training.optimizer import PolicyOptimizer, build_optimizer
-from eapo_megatron.training.policy_worker import PolicyWorker
 from launch import free_port
 from planned_runs import ACTIVATION_RUNS, PROMPT_TOKENS, RESPONSE_TOKENS, RUNS, Run, recipe_of
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eapo_megatron.models.policy_model import Policy
+from eapo_megatron.policy.batching import make_batch
+from eapo_megatron.policy.policy_model import Policy
+from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.rollout.engine import Response, SamplingParams
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
-from eapo_megatron.training.batching import make_batch
-from eapo_megatron.training.policy_worker import PolicyWorker
 from layouts import RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, TEMPERATURE
 
 GREEDY = SamplingParams(top_k=1, max_response_tokens=RESPONSE_TOKENS)

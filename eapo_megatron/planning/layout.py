@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from eapo_megatron.config import Parallel, Recipe
-from eapo_megatron.models.families import padded_vocab_size
 from eapo_megatron.planning.shape import ModelShape
+from eapo_megatron.weights.families import padded_vocab_size
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 

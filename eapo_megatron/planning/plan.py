@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from eapo_megatron.config import Recipe, RecipeError
-from eapo_megatron.models.families.public_configs import PUBLIC_CONFIGS
-from eapo_megatron.models.huggingface import checked_hf_config, hf_config_of
 from eapo_megatron.planning.gpus import usable_bytes
 from eapo_megatron.planning.layout import Layout
 from eapo_megatron.planning.memory import RankMemory, worst_rank
@@ -17,6 +15,8 @@ from eapo_megatron.planning.search import smallest_layout
 from eapo_megatron.planning.shape import model_shape
 from eapo_megatron.planning.work import Work, step_work
 from eapo_megatron.training.preflight import check_algorithm, check_layout, check_lengths
+from eapo_megatron.weights.families.public_configs import PUBLIC_CONFIGS
+from eapo_megatron.weights.huggingface import checked_hf_config, hf_config_of
 
 
 @dataclass(frozen=True)

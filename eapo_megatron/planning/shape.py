@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eapo_megatron.models.families import Weight, family_of
+from eapo_megatron.weights.families import Weight, family_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from eapo_megatron.models.policy_model import Policy
+from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.rollout.engine import Response, SamplingParams
 from eapo_megatron.rollout.sampling import draw, filtered_log_probs, response_uniforms
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from eapo_megatron.algorithms import ShapingInputs, group_advantages, loss_weights, shape_advantages
-from eapo_megatron.evaluation.held_out import held_out_solve_rate
-from eapo_megatron.training.batching import Batch, make_batch
-from eapo_megatron.training.collect import collect
-from eapo_megatron.training.metrics import batch_metrics, mean_of_updates
-from eapo_megatron.training.policy_worker import Update
-from eapo_megatron.training.run import InterruptedRunError, Run, TrainingStoppedError
+from eapo_megatron.evaluation.evaluate import held_out_solve_rate
+from eapo_megatron.policy.batching import Batch, make_batch
+from eapo_megatron.policy.worker import Update
+from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
+from eapo_megatron.rollout.collect import collect
+from eapo_megatron.training.session import InterruptedRunError, Run, TrainingStoppedError
 
 
 def train(run: Run) -> dict[str, Any]:

@@ -32,9 +32,9 @@ from eapo_megatron.data import (
     load_examples,
     load_tokenizer,
 )
-from eapo_megatron.models.families import family_of
-from eapo_megatron.models.huggingface import hf_config_of, weight_source
-from eapo_megatron.training.records import check_trackers
+from eapo_megatron.records.records import check_trackers
+from eapo_megatron.weights.families import family_of
+from eapo_megatron.weights.huggingface import hf_config_of, weight_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,13 +10,13 @@ from pathlib import Path
 from eapo_megatron.algorithms import LossSettings, loss_weights
 from eapo_megatron.config import Optimizer, Recipe, fingerprint
 from eapo_megatron.data import Prompt, prompt_indices
-from eapo_megatron.models.checkpoint import load_policy_weights, save_weights
+from eapo_megatron.policy.batching import Batch, make_batch
+from eapo_megatron.policy.checkpoint import load_policy_weights, save_weights
+from eapo_megatron.policy.optimizer import build_optimizer
+from eapo_megatron.policy.worker import PolicyWorker
+from eapo_megatron.records.records import Records
 from eapo_megatron.rollout.engine import Response
-from eapo_megatron.training.batching import Batch, make_batch
-from eapo_megatron.training.optimizer import build_optimizer
-from eapo_megatron.training.policy_worker import PolicyWorker
 from eapo_megatron.training.preflight import Ingredients
-from eapo_megatron.training.records import Records
 
 LOSS = LossSettings(loss="negative_log_likelihood")
 

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eapo_megatron.config import Parallel
-from eapo_megatron.models.families.public_configs import PUBLIC_CONFIGS
 from eapo_megatron.planning.layout import stage_layers
 from eapo_megatron.planning.shape import model_shape
 from eapo_megatron.planning.work import attention_flops, head_flops, matmul_flops
+from eapo_megatron.weights.families.public_configs import PUBLIC_CONFIGS
 from planned_runs import MODELS
 
 

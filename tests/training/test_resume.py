@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import checkpoints, last_step, metrics, tensors, train, train_until
-from eapo_megatron.conversion import to_hf
+from eapo_megatron.weights.convert import to_hf
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

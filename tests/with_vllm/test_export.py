@@ -12,13 +12,13 @@ import torch
 
 from command_line import train
 from eapo_megatron.config import Model, Parallel
-from eapo_megatron.conversion import to_hf
-from eapo_megatron.models.conversion import load_weights
-from eapo_megatron.models.huggingface import HuggingFaceWeights
-from eapo_megatron.models.policy_model import build_policy
-from eapo_megatron.models.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.policy_model import build_policy
+from eapo_megatron.policy.runtime import start_runtime, stop_runtime
 from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
+from eapo_megatron.weights.convert import to_hf
+from eapo_megatron.weights.huggingface import HuggingFaceWeights
+from eapo_megatron.weights.load import load_weights
 from launch import free_port
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")

@@ -1,0 +1,62 @@
+"""The layers of one chunk as megatron-core's specs, with this package's own modules in their places."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from eapo_megatron.policy.attention import CachingSelfAttention, RMSNorm, ScaledDotProductAttention
+from eapo_megatron.policy.experts import Router
+from eapo_megatron.policy.latent_attention import LatentNorm, LatentSelfAttention
+
+
+def block_spec(
+    config: TransformerConfig, *, vp_stage: int | None, transformer_engine: bool
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage's chunk: Transformer Engine's where asked for (not run here), else local."""
+    block = get_gpt_decoder_block_spec(
+        config, transformer_engine, normalization=config.normalization, vp_stage=vp_stage
+    )
+    for layer in block.layer_specs:
+        _adapt(layer, config, transformer_engine=transformer_engine)
+    if not transformer_engine:
+        block.layer_norm = RMSNorm
+    return block
+
+
+def _adapt(layer: ModuleSpec, config: TransformerConfig, *, transformer_engine: bool) -> None:
+    parts = layer.submodules
+    attention = parts.self_attention.submodules
+    attention.core_attention = ScaledDotProductAttention
+    latent = config.multi_latent_attention
+    if latent:
+        parts.self_attention.module = LatentSelfAttention
+        attention.q_layernorm = attention.kv_layernorm = LatentNorm
+    else:
+        parts.self_attention.module = CachingSelfAttention
+    has_experts = parts.mlp.module is MoELayer
+    if has_experts:
+        parts.mlp.submodules.router = Router
+    if not transformer_engine:
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    parts.sharded_state_dict_keys_map = _fused_norms(
+        latent=latent, has_experts=has_experts, transformer_engine=transformer_engine
+    )
+
+
+def _fused_norms(*, latent: bool, has_experts: bool, transformer_engine: bool) -> dict[str, str]:
+    """The names of norms in checkpoints: those of Transformer Engine's specs, which fuse norms into linear layers."""
+    names = {}
+    if latent:
+        names["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
+        names["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj.layer_norm_"
+    if not latent and not transformer_engine:
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if not has_experts and not transformer_engine:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return names

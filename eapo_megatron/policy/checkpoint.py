@@ -1,0 +1,238 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, in Megatron's layout-free torch_dist format.
+
+    checkpoints/step_000040/    model and optimizer tensors (torch_dist), rng/RANK.pt, state.json
+    checkpoints/.step_000050    one being written; renamed when whole, so a kill leaves the last good one
+
+Weights and optimizer state load under another tensor-, pipeline- or data-parallel layout. Random states belong to
+ranks and are restored where the world has the same size.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from eapo_megatron.durable import sync_path, sync_tree
+from eapo_megatron.policy.policy_model import Policy
+from eapo_megatron.policy.runtime import cuda_tensor_types, rng_state, set_rng_state
+
+# The distributed optimizer's one format that any other data-parallel size can read. Megatron is given copies: it
+# adds this runtime's process groups to them.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+STATE_FILE = "state.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank calls `save` and `load` together."""
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_best: int) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+
+    def steps(self) -> list[int]:
+        """Steps with a whole checkpoint, ascending."""
+        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}"
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What the loop gave to `save` as `state`."""
+        return json.loads((self.path(step) / STATE_FILE).read_text())
+
+    def save(
+        self,
+        step: int,
+        policy: Policy,
+        optimizer: ChainedOptimizer,
+        schedule: OptimizerParamScheduler,
+        state: dict[str, Any],
+    ) -> None:
+        """Writes step's checkpoint, then removes those that retention no longer keeps.
+
+        `state` is JSON; its "score" (higher is better, may be None) ranks the best.
+        """
+        unfinished = self.folder / f".step_{step:06d}"
+        if policy.runtime.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".step_*"):
+                shutil.rmtree(leftover)
+            unfinished.mkdir()
+        dist.barrier()
+        _save_tensors(unfinished, _sharded_state(policy, optimizer) | {"schedule": schedule.state_dict()})
+        (unfinished / "rng").mkdir(exist_ok=True)
+        torch.save(rng_state(), unfinished / "rng" / f"{policy.runtime.rank}.pt")
+        dist.barrier()
+        if policy.runtime.is_main:
+            state = {**state, "step": step, "world_size": policy.runtime.world_size}
+            (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1))
+            sync_tree(unfinished)
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            unfinished.rename(self.path(step))
+            sync_path(self.folder)
+            self._retain()
+        dist.barrier()
+
+    def load(
+        self, step: int, policy: Policy, optimizer: ChainedOptimizer, schedule: OptimizerParamScheduler
+    ) -> dict[str, Any]:
+        """Restores policy, optimizer, schedule and random states -> the loop's state."""
+        folder = self.path(step)
+        init_optimizer_state(optimizer)
+        loaded = _load_tensors(folder, _sharded_state(policy, optimizer, is_loading=True) | {"schedule": {}})
+        _load_model(policy, loaded)
+        with cuda_tensor_types(), _steps_kept_on_load(optimizer):
+            _load_optimizer(optimizer, loaded["optimizer"])
+        _unalias_steps(optimizer)
+        schedule.load_state_dict(loaded["schedule"])
+        state = self.state(step)
+        if state["world_size"] == policy.runtime.world_size:
+            set_rng_state(torch.load(folder / "rng" / f"{policy.runtime.rank}.pt", weights_only=True))
+        return state
+
+    def _retain(self) -> None:
+        steps = self.steps()
+        scores = {step: score for step in steps if (score := self.state(step).get("score")) is not None}
+        best = sorted(scores, key=lambda step: (-scores[step], -step))[: self.keep_best]
+        for step in set(steps) - set(steps[-self.keep_last :]) - set(best):
+            shutil.rmtree(self.path(step))
+
+
+def save_weights(folder: Path, policy: Policy) -> None:
+    """Writes the weights alone (the warm start's cache), whole or not at all. Every rank calls it together."""
+    unfinished = folder.with_name(f".{folder.name}")
+    if policy.runtime.is_main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    dist.barrier()
+    _save_tensors(unfinished, _model_state(policy))
+    if policy.runtime.is_main:
+        sync_tree(unfinished)
+        unfinished.rename(folder)
+    dist.barrier()
+
+
+def load_policy_weights(folder: Path, policy: Policy) -> None:
+    """Reads the weights alone, of `save_weights` or of a checkpoint."""
+    _load_model(policy, _load_tensors(folder, _model_state(policy)))
+
+
+def _model_state(policy: Policy) -> dict[str, Any]:
+    names = ["model"] if len(policy.chunks) == 1 else [f"model{i}" for i in range(len(policy.chunks))]
+    return {
+        name: module.sharded_state_dict(metadata=dict(METADATA))
+        for name, module in zip(names, policy.modules, strict=True)
+    }
+
+
+def _sharded_state(policy: Policy, optimizer: ChainedOptimizer, *, is_loading: bool = False) -> dict[str, Any]:
+    state = _model_state(policy)
+    with cuda_tensor_types():
+        state["optimizer"] = {
+            index: part.sharded_state_dict(_model_state(policy), is_loading=is_loading, metadata=dict(METADATA))
+            for index, part in enumerate(optimizer.chained_optimizers)
+        }
+    return state
+
+
+def _load_optimizer(optimizer: ChainedOptimizer, states: dict[int, dict[str, Any]]) -> None:
+    """Loads each part of the optimizer: its own tensors, and the settings and step count of the saved first part.
+
+    Megatron keeps experts in a part of their own under expert parallelism alone, so the saved parts may be other ones.
+    """
+    saved = _torch_state(states[0])
+    by_decay = {group["wd_mult"]: group for group in saved["param_groups"]}
+    for index, part in enumerate(optimizer.chained_optimizers):
+        state = states[index]
+        if isinstance(part, DistributedOptimizer):
+            state = {"optimizer": {}, **states[0], **state}
+        own = _torch_state(state)
+        own["param_groups"] = [
+            {**by_decay[group["wd_mult"]], **{key: group[key] for key in ("params", "is_expert_parallel")}}
+            for group in part.optimizer.state_dict()["param_groups"]
+        ]
+        if "common_step" in saved.get("state", {}):
+            own["state"]["common_step"] = saved["state"]["common_step"]
+        part.load_state_dict(state)
+
+
+def _torch_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The torch optimizer's state within that of a part."""
+    return state.get("optimizer", state)
+
+
+def _load_model(policy: Policy, loaded: dict[str, Any]) -> None:
+    for name, module in zip((key for key in loaded if key.startswith("model")), policy.modules, strict=True):
+        module.load_state_dict(loaded[name])
+
+
+def _save_tensors(folder: Path, state: dict[str, Any]) -> None:
+    # Results of a synchronous save stay in this process. Megatron would start a manager process for them: seconds, and
+    # a rank that is killed leaves it behind.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=dict(METADATA))
+
+
+def _load_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    return dist_checkpointing.load(state, str(folder))
+
+
+def init_optimizer_state(optimizer: ChainedOptimizer) -> None:
+    """Gives torch's Adam the state it would have after its first step, so that there is something to load into."""
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.Adam):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                part.optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter.data),
+                    "exp_avg_sq": torch.zeros_like(parameter.data),
+                }
+
+
+@contextmanager
+def _steps_kept_on_load(optimizer: ChainedOptimizer) -> Iterator[None]:
+    """Megatron's distributed optimizer looks for torch Adam's step among a file's tensors; it is in the groups."""
+    distributed = [
+        part
+        for part in optimizer.chained_optimizers
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)
+    ]
+    for part in distributed:
+
+        def set_states(model_param: Any, tensors: dict[str, Any], part: DistributedOptimizer = part) -> None:
+            group, index = part.model_param_group_index_map[model_param]
+            step = part.optimizer.state[part.optimizer.param_groups[group]["params"][index]]["step"]
+            type(part)._set_main_param_and_optimizer_states(part, model_param, {**tensors, "step": step})
+
+        part._set_main_param_and_optimizer_states = set_states
+    try:
+        yield
+    finally:
+        for part in distributed:
+            del part._set_main_param_and_optimizer_states
+
+
+def _unalias_steps(optimizer: ChainedOptimizer) -> None:
+    """Megatron's distributed optimizer loads one step counter into all parameters: each would count for all."""
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()

@@ -1,0 +1,194 @@
+"""Process groups, seeds and devices: one runtime for GPUs (nccl) and CPU (gloo) with the same code path above it.
+
+megatron-core asks torch.cuda for devices, streams and random states even where no tensor is on a GPU. On a machine
+without one `install_cpu_runtime` answers these calls for the CPU; nothing else in the package touches torch.cuda.
+The GPU path was not run here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
+
+from eapo_megatron.config import Parallel
+from eapo_megatron.policy.experts import install_cpu_experts
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This rank's place in the run."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    cpu_group: dist.ProcessGroup  # all ranks, gloo: for Python objects
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_replica_leader(self) -> bool:
+        """Whether this rank speaks for its model replica (first tensor-parallel rank of the first stage)."""
+        return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage(
+            ignore_virtual=True
+        )
+
+    @property
+    def reports_last_stage(self) -> bool:
+        """Whether this rank speaks for its replica's last stage, where log-probs and losses are."""
+        return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage(
+            ignore_virtual=True
+        )
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over all ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's Python object, in rank order, on every rank."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self.cpu_group)
+        return gathered
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's Python object on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def peak_memory_bytes(self) -> int:
+        """Peak memory of this rank: allocated on the GPU, or resident on CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def start_runtime(parallel: Parallel, *, seed: int, device: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
+    """Joins the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and lays out Megatron's groups.
+
+    A collective that waits longer than `timeout_minutes` raises, so a hung run ends.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    timeout = timedelta(minutes=timeout_minutes)
+    if on_gpu:
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        torch.cuda.set_device(place)
+        dist.init_process_group("nccl", rank=rank, world_size=world_size, timeout=timeout, device_id=place)
+        cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    else:
+        place = torch.device("cpu")
+        install_cpu_runtime()
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+        cpu_group = dist.group.WORLD
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]
+        create_gloo_process_groups=on_gpu,
+    )
+    torch.manual_seed(seed)
+    megatron_random.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Runtime(
+        device=place,
+        rank=rank,
+        world_size=world_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        cpu_group=cpu_group,
+    )
+
+
+def stop_runtime() -> None:
+    """Waits for all ranks and leaves Megatron's groups and the process group.
+
+    Launchers end the ranks that outlive another by long: none leaves while rank 0 still closes its records.
+    """
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def rng_state() -> dict[str, Any]:
+    """This rank's random states: torch's, the GPU's where there is one, and Megatron's tracker."""
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "tracker": megatron_random.get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores what `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    megatron_random.get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@functools.cache
+def install_cpu_runtime() -> None:
+    """Answers for the CPU what megatron-core asks of torch.cuda; for processes without a GPU, once for their life."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_, **__: None
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    for name in ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    install_cpu_experts()
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory that makes on the CPU what was asked for on a GPU."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "cpu")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+@contextlib.contextmanager
+def cuda_tensor_types() -> Iterator[None]:
+    """While Megatron's optimizer is built or steps: CPU tensors name the GPU type that it insists on."""
+    if torch.cuda.is_available():
+        yield
+        return
+    real_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        named = real_type(self, dtype, **kwargs) if dtype is not None else real_type(self)
+        return named.replace("torch.", "torch.cuda.", 1) if dtype is None else named
+
+    torch.Tensor.type = type_name  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = real_type  # type: ignore[method-assign]

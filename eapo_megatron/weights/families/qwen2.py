@@ -1,0 +1,25 @@
+"""Qwen2, Qwen2.5, Qwen2.5-Math and the DeepSeek-R1 distills of them: bias on q, k and v only."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from eapo_megatron.weights.families import decoder
+from eapo_megatron.weights.families.family import Family, HFConfig
+
+
+def _transformer_config(hf: HFConfig) -> dict[str, Any]:
+    return decoder.transformer_config(hf) | {"add_qkv_bias": True}
+
+
+FAMILY = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    required_keys=decoder.REQUIRED_KEYS,
+    check=decoder.check,
+    transformer_config=_transformer_config,
+    gpt_model=decoder.gpt_model,
+    layer_weights=partial(decoder.dense_layer_weights, qkv_bias=True),
+    edge_weights=decoder.edge_weights,
+)
