@@ -21,12 +21,12 @@ import torch
 
 from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Model, Optimizer, Parallel
-from eapo_megatron.policy.batching import make_batch
+from eapo_megatron.policy.batching import TokenData, make_batch
 from eapo_megatron.policy.optimizer import build_optimizer
 from eapo_megatron.policy.policy_model import build_policy
+from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
 from eapo_megatron.policy.worker import PolicyWorker
-from eapo_megatron.rollout.engine import Response
 from eapo_megatron.weights.huggingface import RandomWeights
 from eapo_megatron.weights.load import load_weights
 
@@ -59,25 +59,23 @@ def main() -> None:
     optimizer = build_optimizer(policy, Optimizer())
 
     tokens = torch.randint(VOCAB_SIZE, (arguments.responses, arguments.length)).tolist()
-    responses = [[Response(ids, [0.0] * len(ids), True) for ids in tokens]]
-    rewards = [[1.0, -1.0] * (arguments.responses // 2)]
-    batch = make_batch([[1, 2, 3]], responses, rewards, torch.device("cpu"))
+    rewards = torch.tensor([1.0, -1.0] * (arguments.responses // 2))
+    group_ids = torch.zeros(arguments.responses, dtype=torch.int64)
+    batch = make_batch([[1, 2, 3]], Responses.of_lists(tokens), group_ids, rewards, torch.device("cpu"))
     before = psutil.Process().memory_info().rss
 
     start = time.perf_counter()
-    scores = worker.score(batch)
+    old_log_probs, entropies = worker.log_probs_and_entropies(batch)
     scored = time.perf_counter()
     advantages = group_advantages(batch.rewards, batch.group_ids)[:, None].expand(batch.mask.shape)
-    advantages = eapo_advantages(advantages, scores.entropies, batch.mask, batch.group_ids)
+    advantages = eapo_advantages(advantages, entropies, batch.mask, batch.group_ids)
     weights = loss_weights(batch.mask, batch.group_ids, aggregation="token_mean")
     update = worker.update(
         batch,
         range(batch.size),
         optimizer,
         LossSettings(),
-        weights=weights,
-        old_log_probs=scores.log_probs,
-        advantages=advantages,
+        TokenData(weights=weights, old_log_probs=old_log_probs, advantages=advantages),
     )
     updated = time.perf_counter()
     assert update.applied

@@ -165,6 +165,7 @@ class Reward(Section):
     function: str = "math"
     num_workers: int = Field(4, ge=1)  # processes on each model replica
     timeout_seconds: float = Field(10.0, gt=0)
+    positive_threshold: float = 0.0  # a reward above it is that of a correct response
 
 
 class Shaping(Section):

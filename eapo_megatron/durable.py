@@ -1,13 +1,15 @@
-"""Folders that are whole or not there: written under a temporary name, flushed to disk, renamed."""
+"""Files and folders that are complete or not there: written under a temporary name, flushed to disk, renamed."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -21,12 +23,32 @@ def new_folder(folder: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        sync_tree(unfinished)
-        unfinished.rename(folder)
-        sync_path(folder.parent)
+        publish(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def publish(unfinished: Path, folder: Path) -> None:
+    """Flushes a finished folder to disk and gives it its name, in the place of an earlier one."""
+    sync_tree(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    sync_path(folder.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in the place of an earlier one."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    sync_path(temporary)
+    temporary.rename(path)
+    sync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON in the place of an earlier file."""
+    write_text(path, json.dumps(value, indent=1))
 
 
 @contextmanager

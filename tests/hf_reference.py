@@ -74,6 +74,7 @@ class Reference:
     def __init__(self, name: str) -> None:
         self.name = name
         self.batch = training_batch()
+        self.responses = self.batch.responses.token_lists()
         self.model = self.fresh_model()
         with torch.no_grad():
             scores = [self.score(self.model, row) for row in range(self.batch.size)]
@@ -89,7 +90,7 @@ class Reference:
 
     def score(self, model: torch.nn.Module, row: int) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the tokens of one response."""
-        prompt, response = self.batch.prompts[row], self.batch.responses[row]
+        prompt, response = self.batch.prompts[row], self.responses[row]
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
         log_probs = logits.log_softmax(-1)
         entropies = -(log_probs.exp() * log_probs).sum(-1)
@@ -112,7 +113,7 @@ class Reference:
     def loss(self, model: torch.nn.Module, rows: Sequence[int], aggregation: str) -> Tensor:
         """Eq. 2, over all tokens of `rows` or group by group."""
         groups = self.batch.group_ids.tolist()
-        lengths = {row: len(self.batch.responses[row]) for row in rows}
+        lengths = {row: len(self.responses[row]) for row in rows}
         total = torch.zeros((), dtype=torch.float64)
         for row in rows:
             ratio = (self.score(model, row)[0] - self.old_log_probs[row]).exp()

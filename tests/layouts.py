@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from eapo_megatron.policy.batching import Batch, make_batch
-from eapo_megatron.rollout.engine import Response
+from eapo_megatron.policy.responses import Responses
 
 VOCAB_SIZE = 37  # odd: every layout pads it
 TEMPERATURE = 0.8
@@ -245,9 +245,9 @@ def training_batch() -> Batch:
         return [source.randrange(VOCAB_SIZE) for _ in range(source.randint(shortest, longest))]
 
     prompts = [tokens(2, 8) for _ in range(3)]
-    responses = [[Response(ids := tokens(1, 9), [0.0] * len(ids), True) for _ in range(4)] for _ in range(3)]
-    rewards = [[1.0, -1.0, -1.0, -1.0], [-1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, 1.0]]
-    return make_batch(prompts, responses, rewards, torch.device("cpu"))
+    responses = Responses.of_lists([tokens(1, 9) for _ in range(12)])
+    rewards = torch.tensor([1.0, -1.0, -1.0, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0])
+    return make_batch(prompts, responses, torch.arange(3).repeat_interleave(4), rewards, torch.device("cpu"))
 
 
 def old_policy_offsets(batch: Batch) -> torch.Tensor:

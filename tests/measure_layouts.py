@@ -24,7 +24,7 @@ import measure_long_responses
 import measure_rollouts
 from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Head, Model, Optimizer, Parallel
-from eapo_megatron.policy.batching import Batch
+from eapo_megatron.policy.batching import Batch, TokenData
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.policy_model import Policy, build_policy, named_weights
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
@@ -75,13 +75,13 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
     """Scores and gradients of the loaded weights, then optimizer steps with refused ones between them."""
     batch = training_batch()
     worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
-    scores = worker.score(batch)
+    old_log_probs, entropies = worker.log_probs_and_entropies(batch)
     advantages = group_advantages(batch.rewards, batch.group_ids)[:, None].expand(batch.mask.shape)
     inputs = {
-        "old_log_probs": scores.log_probs + old_policy_offsets(batch) * batch.mask,
-        "advantages": eapo_advantages(advantages, scores.entropies, batch.mask, batch.group_ids),
+        "old_log_probs": old_log_probs + old_policy_offsets(batch) * batch.mask,
+        "advantages": eapo_advantages(advantages, entropies, batch.mask, batch.group_ids),
     }
-    results: dict[str, Any] = {"log_probs": scores.log_probs, "entropies": scores.entropies}
+    results: dict[str, Any] = {"log_probs": old_log_probs, "entropies": entropies}
 
     def weights_of(rows: Sequence[int], aggregation: str = "token_mean") -> Tensor:
         chosen = torch.zeros(batch.size, 1, dtype=torch.bool)
@@ -89,7 +89,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
         return loss_weights(batch.mask & chosen, batch.group_ids, aggregation=aggregation)
 
     everything = list(range(batch.size))
-    metrics = worker.accumulate(batch, everything, LossSettings(), weights=weights_of(everything), **inputs)
+    metrics = worker.accumulate(batch, everything, LossSettings(), TokenData(weights=weights_of(everything), **inputs))
     results["loss"] = metrics["loss/policy"]
     results["gradients"] = complete_gradients(policy)
     results["padding_gradient"] = padding_gradient(policy)
@@ -102,7 +102,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
         if len(updates) == 2:  # the optimizer has moments, and every rank has rows
             refused = partial(refused_update, worker, optimizer, batch, rows, weights, inputs)
             results["refused"] = {fault: unchanged(policy, optimizer, partial(refused, fault)) for fault in FAULTS}
-        updates.append(worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs))
+        updates.append(worker.update(batch, rows, optimizer, LossSettings(), TokenData(weights=weights, **inputs)))
     results["applied"] = [update.applied for update in updates]
     results["norms"] = [update.metrics["grad_norm"] for update in updates]
     results["lrs"] = [update.metrics["lr"] for update in updates]
@@ -111,7 +111,8 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
     def step(policy: Policy, optimizer: PolicyOptimizer) -> None:
         worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
         weights = weights_of(everything)
-        assert worker.update(batch, everything, optimizer, LossSettings(), weights=weights, **inputs).applied
+        tokens = TokenData(weights=weights, **inputs)
+        assert worker.update(batch, everything, optimizer, LossSettings(), tokens).applied
 
     if layout.resumes:
         results["resumed"] = measure_checkpoints.resumed_exactly(
@@ -165,9 +166,8 @@ def refused_update(
     if fault == "NaN loss":
         advantages = inputs["advantages"].clone()
         advantages[rows[0], 0] = torch.nan
-        return worker.update(
-            batch, rows, optimizer, LossSettings(), weights=weights, **(inputs | {"advantages": advantages})
-        ).applied
+        tokens = TokenData(weights=weights, **(inputs | {"advantages": advantages}))
+        return worker.update(batch, rows, optimizer, LossSettings(), tokens).applied
     runtime = worker.policy.runtime
     *_, last = (
         parameter
@@ -178,7 +178,7 @@ def refused_update(
     hooks = []
     if runtime.rank == runtime.world_size - 1:
         hooks.append(last.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf)))
-    update = worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs)
+    update = worker.update(batch, rows, optimizer, LossSettings(), TokenData(weights=weights, **inputs))
     for hook in hooks:
         hook.remove()
     return update.applied

@@ -11,11 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from eapo_megatron.algorithms import LossSettings, loss_weights
 from eapo_megatron.config import Head, Model, Parallel
-from eapo_megatron.policy.batching import make_batch
+from eapo_megatron.policy.batching import TokenData, make_batch
 from eapo_megatron.policy.policy_model import build_policy
+from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
 from eapo_megatron.policy.worker import PolicyWorker
-from eapo_megatron.rollout.engine import Response
 from eapo_megatron.weights.huggingface import RandomWeights
 from eapo_megatron.weights.load import load_weights
 from launch import free_port
@@ -42,14 +42,15 @@ def peaks_of_logits(backend: Literal["logits"] | None, tie_word_embeddings: bool
     policy = build_policy(architecture, model, Parallel(), runtime)
     load_weights(policy, RandomWeights(architecture, seed=1))
     worker = PolicyWorker(policy, micro_batch_size=RESPONSES, temperature=1.0)
-    response = Response(list(range(TOKENS)), [0.0] * TOKENS, True)
-    batch = make_batch([[1]], [[response] * RESPONSES], [[1.0] * RESPONSES], runtime.device)
+    responses = Responses.of_lists([list(range(TOKENS))] * RESPONSES)
+    group_ids = torch.zeros(RESPONSES, dtype=torch.int64)
+    batch = make_batch([[1]], responses, group_ids, torch.ones(RESPONSES), runtime.device)
     weights = loss_weights(batch.mask, batch.group_ids, aggregation="token_mean")
+    ones = torch.ones_like(weights)
+    tokens = TokenData(weights=weights, advantages=ones, old_log_probs=torch.zeros_like(ones))
     calls = {
-        "scoring": lambda: worker.score(batch),
-        "training": lambda: worker.accumulate(
-            batch, range(RESPONSES), LossSettings(), weights=weights, advantages=torch.ones_like(weights)
-        ),
+        "scoring": lambda: worker.log_probs_and_entropies(batch),
+        "training": lambda: worker.accumulate(batch, range(RESPONSES), LossSettings(), tokens),
     }
     logits = 4 * RESPONSES * TOKENS * VOCAB_SIZE
     peaks = {}

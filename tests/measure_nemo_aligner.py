@@ -32,6 +32,7 @@ from eapo_megatron.data import arithmetic_examples
 from eapo_megatron.data.arithmetic import ALPHABET
 from eapo_megatron.data.tokenizers import character_tokenizer
 from eapo_megatron.integrations.nemo_aligner import EAPOTrainer, MegatronGPTEAPOActorModel
+from eapo_megatron.policy.batching import TokenData
 from eapo_megatron.policy.optimizer import build_optimizer
 from eapo_megatron.policy.policy_model import Policy, build_policy
 from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
@@ -122,15 +123,15 @@ def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str,
         """Values of response tokens [N, T] at their places in the sequence [N, S-1]."""
         return torch.zeros(places.shape).masked_scatter(places, values[batch.mask])
 
-    scores = worker.score(batch)
+    log_probs, entropies = worker.log_probs_and_entropies(batch)
     trainer._add_scores(rollouts)
-    for theirs, ours in (("logprobs", scores.log_probs), ("entropies", scores.entropies)):
+    for theirs, ours in (("logprobs", log_probs), ("entropies", entropies)):
         differences.note(theirs, rollouts[theirs] * places[ROLLOUT_ORDER], spread(ours)[ROLLOUT_ORDER])
 
-    old_log_probs = scores.log_probs + old_policy_offsets(batch) * batch.mask
+    old_log_probs = log_probs + old_policy_offsets(batch) * batch.mask
     rollouts["logprobs"] = spread(old_log_probs)[ROLLOUT_ORDER]
     advantages = group_advantages(batch.rewards, batch.group_ids)[:, None].expand(batch.mask.shape)
-    advantages = eapo_advantages(advantages, scores.entropies, batch.mask, batch.group_ids)
+    advantages = eapo_advantages(advantages, entropies, batch.mask, batch.group_ids)
     data, metrics = trainer.generate_reinforce_data(rollouts)
     steps = torch.arange(batch.size).split(GROUP)
     rank, size = policy.runtime.data_parallel_rank, policy.runtime.data_parallel_size
@@ -145,7 +146,7 @@ def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str,
         trainer,
         next(get_iterator_k_split(data, len(steps))),
         policy,
-        lambda: worker.accumulate(batch, steps[0].tolist(), LOSS, weights=weights[0], **inputs),
+        lambda: worker.accumulate(batch, steps[0].tolist(), LOSS, TokenData(weights=weights[0], **inputs)),
     )
 
     settings = Optimizer(
@@ -153,7 +154,7 @@ def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str,
     )
     optimizer = build_optimizer(policy, settings)
     updates = [
-        worker.update(batch, rows.tolist(), optimizer, LOSS, weights=step_weights, **inputs)
+        worker.update(batch, rows.tolist(), optimizer, LOSS, TokenData(weights=step_weights, **inputs))
         for rows, step_weights in zip(steps, weights, strict=True)
     ]
     trainer.run_training(get_iterator_k_split(data, len(steps)))

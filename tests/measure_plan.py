@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eapo_megatron.algorithms import LossSettings, loss_weights
-from eapo_megatron.policy.batching import make_batch
+from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.policy_model import Policy, build_policy
+from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.rollout import megatron_engine
-from eapo_megatron.rollout.engine import Response, SamplingParams
-from eapo_megatron.training.loop import mini_batches
+from eapo_megatron.rollout.engine import SamplingParams
 from launch import free_port
 from planned_runs import ACTIVATION_RUNS, PROMPT_TOKENS, RESPONSE_TOKENS, RUNS, Run, recipe_of
 
@@ -42,16 +42,18 @@ def measure(run: Run) -> dict[str, Any]:
     results: dict[str, Any] = {"kv_cache": kv_cache_bytes(policy, recipe.rollout.max_batch_size)}
     optimizer = build_optimizer(policy, recipe.optimizer)
     worker = PolicyWorker(policy, micro_batch_size=run.micro_batch_size, temperature=1.0)
-    responses = [[Response([5] * RESPONSE_TOKENS, [0.0] * RESPONSE_TOKENS, True)] * 4] * 4
-    prompts = [torch.randint(hf_config["vocab_size"], (PROMPT_TOKENS,)).tolist() for _ in responses]
-    batch = make_batch(prompts, responses, [[1.0, -1.0, 1.0, -1.0]] * 4, runtime.device)
+    responses = Responses.of_lists([[5] * RESPONSE_TOKENS] * 16)
+    prompts = [torch.randint(hf_config["vocab_size"], (PROMPT_TOKENS,)).tolist() for _ in range(4)]
+    rewards = torch.tensor([1.0, -1.0] * 8)
+    batch = make_batch(prompts, responses, torch.arange(4).repeat_interleave(4), rewards, runtime.device)
     with Sent() as scoring:
-        scores = worker.score(batch)
+        old_log_probs, _ = worker.log_probs_and_entropies(batch)
     with Sent() as training:
         for rows in mini_batches(batch, recipe.train.mini_batch_prompts):
             weights = loss_weights(batch.mask_of(rows), batch.group_ids, aggregation="token_mean")
-            inputs = {"old_log_probs": scores.log_probs, "advantages": batch.rewards[:, None].expand(batch.mask.shape)}
-            assert worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs).applied
+            advantages = batch.rewards[:, None].expand(batch.mask.shape)
+            tokens = TokenData(weights=weights, old_log_probs=old_log_probs, advantages=advantages)
+            assert worker.update(batch, rows, optimizer, LossSettings(), tokens).applied
     results |= {"scoring": dict(scoring.bytes), "training": dict(training.bytes)}
     results |= resident_bytes(policy, optimizer)
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))

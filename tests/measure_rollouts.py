@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eapo_megatron.policy.batching import make_batch
 from eapo_megatron.policy.policy_model import Policy
+from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.worker import PolicyWorker
-from eapo_megatron.rollout.engine import Response, SamplingParams
+from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
 from layouts import RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, TEMPERATURE
 
@@ -20,12 +21,31 @@ GREEDY = SamplingParams(top_k=1, max_response_tokens=RESPONSE_TOKENS)
 SAMPLED = SamplingParams(temperature=TEMPERATURE, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=STOP_TOKENS)
 
 
+class Response(NamedTuple):
+    """One response, to be looked at."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    finished: bool
+
+
+def grouped(responses: Responses, seeds: Sequence[Sequence[int]]) -> list[list[Response]]:
+    """One list a prompt."""
+    every = zip(responses.token_lists(), responses.log_prob_lists(), responses.finished.tolist(), strict=True)
+    groups = [[Response(*next(every)) for _ in generations] for generations in seeds]
+    assert next(every, None) is None
+    return groups
+
+
 def responses(policy: Policy) -> dict[str, Any]:
-    """Greedy and sampled responses, and the policy's own scores of those sampled without top-k and top-p."""
+    """Greedy and sampled responses, and the policy's own log-probs of those sampled without top-k and top-p."""
     engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=64)
+    engine.update_weights((), version=7)
 
     def generate(sampling: SamplingParams) -> list[list[Response]]:
-        return engine.generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, sampling)
+        drawn = engine.generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, sampling)
+        assert drawn.versions.tolist() == [7] * len(drawn)
+        return grouped(drawn, ROLLOUT_SEEDS)
 
     sampled = generate(SAMPLED)
     replicas = policy.runtime.gather_objects((policy.runtime.data_parallel_rank, repr(sampled)))
@@ -33,7 +53,7 @@ def responses(policy: Policy) -> dict[str, Any]:
         "greedy": generate(GREEDY),
         "sampled": sampled,
         "filtered": generate(replace(SAMPLED, temperature=1.5, top_k=12, top_p=0.8)),
-        "scored": score(policy, ROLLOUT_PROMPTS, sampled, TEMPERATURE),
+        "log_probs": both_log_probs(policy, ROLLOUT_PROMPTS, sampled, TEMPERATURE),
         "apart": apart(policy),
         "ranks_agree": len(set(replicas)) == policy.runtime.data_parallel_size,
     }
@@ -44,7 +64,8 @@ def apart(policy: Policy) -> dict[int, list[Response]]:
     rank, size = policy.runtime.data_parallel_rank, policy.runtime.data_parallel_size
     mine = range(len(ROLLOUT_PROMPTS))[rank::size] if rank else range(0)
     engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=2)
-    groups = engine.generate([ROLLOUT_PROMPTS[i] for i in mine], [ROLLOUT_SEEDS[i] for i in mine], SAMPLED)
+    seeds = [ROLLOUT_SEEDS[i] for i in mine]
+    groups = grouped(engine.generate([ROLLOUT_PROMPTS[i] for i in mine], seeds, SAMPLED), seeds)
     return {
         i: group
         for part in policy.runtime.gather_objects(dict(zip(mine, groups, strict=True)))
@@ -52,14 +73,20 @@ def apart(policy: Policy) -> dict[int, list[Response]]:
     }
 
 
-def score(
+def both_log_probs(
     policy: Policy, prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Response]], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Behaviour log-probs and the worker's, each [tokens]."""
-    rewards = [[0.0] * len(group) for group in groups]
-    batch = make_batch(prompts, groups, rewards, policy.runtime.device)
-    scores = PolicyWorker(policy, micro_batch_size=4, temperature=temperature).score(batch)
-    return batch.behaviour_log_probs[batch.mask], scores.log_probs[batch.mask]
+    """The engine's log-probs and the worker's, each [tokens]."""
+    flat = [response for group in groups for response in group]
+    batch = make_batch(
+        prompts,
+        Responses.of_lists([one.tokens for one in flat], log_probs=[one.log_probs for one in flat]),
+        torch.tensor([index for index, group in enumerate(groups) for _ in group]),
+        torch.zeros(len(flat)),
+        policy.runtime.device,
+    )
+    log_probs, _ = PolicyWorker(policy, micro_batch_size=4, temperature=temperature).log_probs_and_entropies(batch)
+    return batch.rollout_log_probs[batch.mask], log_probs[batch.mask]
 
 
 def engine(policy: Policy) -> dict[str, Any]:
@@ -72,7 +99,8 @@ def engine(policy: Policy) -> dict[str, Any]:
         *,
         max_batch_size: int = 64,
     ) -> list[list[Response]]:
-        return MegatronEngine(policy, pad_token_id=0, max_batch_size=max_batch_size).generate(prompts, seeds, sampling)
+        engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=max_batch_size)
+        return grouped(engine.generate(prompts, seeds, sampling), seeds)
 
     endless = replace(SAMPLED, stop_token_ids=())
     shapes: list[tuple[int, ...]] = []
@@ -83,7 +111,7 @@ def engine(policy: Policy) -> dict[str, Any]:
     training = policy.chunks[0].training
     at_1 = generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, replace(SAMPLED, temperature=1.0))
     return {
-        "scored_at_1": score(policy, ROLLOUT_PROMPTS, at_1, 1.0),
+        "log_probs_at_1": both_log_probs(policy, ROLLOUT_PROMPTS, at_1, 1.0),
         "together": generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS),
         "one_prompt_at_a_time": [
             generate([prompt], [seeds])[0] for prompt, seeds in zip(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, strict=True)

@@ -1,25 +1,20 @@
-"""The solve rate on held-out prompts while a run goes on."""
+"""The solve rate of a policy on prompts kept for evaluation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+from eapo_megatron.config import Evaluation
+from eapo_megatron.data import Prompt
 from eapo_megatron.rollout.engine import response_seed
-
-if TYPE_CHECKING:
-    from eapo_megatron.training.session import Run
+from eapo_megatron.rollout.rollouts import Rollouts, Sampler
 
 
-def held_out_solve_rate(run: Run) -> float:
-    """The share of correct responses to the held-out prompts; the same draws at every evaluation."""
-    settings = run.recipe.evaluation
-    prompts = run.ingredients.held_out
+def evaluate(sampler: Sampler, prompts: Sequence[Prompt], settings: Evaluation, seed: int) -> Rollouts:
+    """Responses to the prompts, verified; the same draws at every evaluation with this seed."""
     seeds = [
-        [
-            response_seed(run.recipe.seed, "held_out", prompt.index, i)
-            for i in range(settings.num_generations_per_prompt)
-        ]
+        [response_seed(seed, "held_out", prompt.index, i) for i in range(settings.num_generations_per_prompt)]
         for prompt in prompts
     ]
-    sampling = run.sampling(temperature=settings.temperature, top_p=settings.top_p)
-    return run.sampler.sample(prompts, seeds, sampling).solve_rate
+    sampling = sampler.sampling(temperature=settings.temperature, top_p=settings.top_p)
+    return sampler.sample(prompts, seeds, sampling)

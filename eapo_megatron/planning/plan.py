@@ -14,7 +14,8 @@ from eapo_megatron.planning.memory import RankMemory, worst_rank
 from eapo_megatron.planning.search import smallest_layout
 from eapo_megatron.planning.shape import model_shape
 from eapo_megatron.planning.work import Work, step_work
-from eapo_megatron.training.preflight import check_algorithm, check_layout, check_lengths
+from eapo_megatron.policy.layout_checks import check_layout, check_lengths
+from eapo_megatron.training.preflight import check_algorithm
 from eapo_megatron.weights.families.public_configs import PUBLIC_CONFIGS
 from eapo_megatron.weights.huggingface import checked_hf_config, hf_config_of
 

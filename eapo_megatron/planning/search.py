@@ -9,7 +9,7 @@ from eapo_megatron.config import Cluster, Parallel, Recipe, RecipeError
 from eapo_megatron.planning.layout import Layout
 from eapo_megatron.planning.memory import worst_rank
 from eapo_megatron.planning.shape import ModelShape
-from eapo_megatron.training.preflight import check_layout
+from eapo_megatron.policy.layout_checks import check_layout
 
 MAX_NODES = 128
 MAX_TENSOR_PARALLEL = 8  # a node's fast links

@@ -1,18 +1,19 @@
 """The responses of one step as tensors, and their division into micro-batches.
 
-Every rank holds the whole batch (tokens and a few floats a token), so group statistics are exact however responses are
-divided: among data-parallel ranks by length, then into micro-batches padded on the right to their own longest sequence.
+Every rank holds the complete batch (tokens and a few floats a token), so group statistics are exact however responses
+are divided: among data-parallel ranks by length, then into micro-batches padded on the right to their own longest
+sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from eapo_megatron.rollout.engine import Response
+from eapo_megatron.policy.responses import Responses
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,16 @@ class Batch:
     """N responses of at most T tokens; rows are grouped by prompt."""
 
     prompts: list[list[int]]  # N prompts, one a response
-    responses: list[list[int]]
+    responses: Responses
     mask: Tensor  # bool [N, T]: response tokens, the end-of-sequence token among them
     group_ids: Tensor  # int64 [N]
     rewards: Tensor  # float32 [N]
-    behaviour_log_probs: Tensor  # float32 [N, T]: the sampler's
+    rollout_log_probs: Tensor  # float32 [N, T]: the sampler's
     finished: Tensor  # bool [N]
 
     @property
     def size(self) -> int:
-        return len(self.responses)
+        return len(self.prompts)
 
     def mask_of(self, rows: Sequence[int]) -> Tensor:
         """The mask [N, T] of these rows alone."""
@@ -39,7 +40,30 @@ class Batch:
 
     def length(self, row: int) -> int:
         """Tokens that the model reads for this row: all but the last."""
-        return len(self.prompts[row]) + len(self.responses[row]) - 1
+        return len(self.prompts[row]) + int(self.responses.lengths[row]) - 1
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """What a step knows of each response token: float32 [N, T] each, None where it is not known.
+
+    The names are those of `algorithms.LossInputs`; a loss gets every field that it has there.
+    """
+
+    weights: Tensor | None = None  # each token's share of the loss denominator of the optimizer step
+    advantages: Tensor | None = None
+    old_log_probs: Tensor | None = None  # of the policy at the start of the step
+    old_entropies: Tensor | None = None  # nats
+    rollout_log_probs: Tensor | None = None  # of the sampler
+    ref_log_probs: Tensor | None = None  # of the reference policy
+
+    def of(self, rows: Tensor, width: int) -> TokenData:
+        """The part of a micro-batch: rows int64 [b] of the batch, the first `width` tokens of each."""
+        return TokenData(**{name: values[rows, :width] for name, values in self.known().items()})
+
+    def known(self) -> dict[str, Tensor]:
+        """The fields that are known, by name."""
+        return {field.name: values for field in fields(self) if (values := getattr(self, field.name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -60,24 +84,33 @@ class MicroBatch:
 
 def make_batch(
     prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[Response]],
-    rewards: Sequence[Sequence[float]],
+    responses: Responses,
+    group_ids: Tensor,
+    rewards: Tensor,
     device: torch.device,
 ) -> Batch:
-    """Flattens groups (one a prompt) into a batch."""
-    flat = [response for group in responses for response in group]
-    lengths = torch.tensor([len(response.tokens) for response in flat], device=device)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(-1)
-    log_probs = torch.tensor([p for response in flat for p in response.log_probs], device=device)
+    """The batch of responses to `prompts`; `group_ids` (int64 [N], ascending) says which prompt each one answers."""
+    mask = torch.arange(int(responses.lengths.max())) < responses.lengths.unsqueeze(-1)
+    log_probs = torch.zeros(mask.shape).masked_scatter(mask, responses.log_probs)
     return Batch(
-        prompts=[list(prompt) for prompt, group in zip(prompts, responses, strict=True) for _ in group],
-        responses=[response.tokens for response in flat],
-        mask=mask,
-        group_ids=torch.tensor([g for g, group in enumerate(responses) for _ in group], device=device),
-        rewards=torch.tensor([reward for group in rewards for reward in group], dtype=torch.float32, device=device),
-        behaviour_log_probs=torch.zeros(mask.shape, device=device).masked_scatter(mask, log_probs),
-        finished=torch.tensor([response.finished for response in flat], device=device),
+        prompts=[list(prompts[group]) for group in group_ids.tolist()],
+        responses=responses,
+        mask=mask.to(device),
+        group_ids=group_ids.to(device),
+        rewards=rewards.to(device, torch.float32),
+        rollout_log_probs=log_probs.to(device),
+        finished=responses.finished.to(device),
     )
+
+
+def mini_batches(batch: Batch, prompts: int) -> Iterator[list[int]]:
+    """Rows of `prompts` groups at a time: one optimizer step each."""
+    groups: dict[int, list[int]] = {}
+    for row, group in enumerate(batch.group_ids.tolist()):
+        groups.setdefault(group, []).append(row)
+    rows = list(groups.values())
+    for start in range(0, len(rows), prompts):
+        yield [row for group in rows[start : start + prompts] for row in group]
 
 
 def data_parallel_share(batch: Batch, rows: Sequence[int], rank: int, size: int) -> list[int]:
@@ -103,7 +136,7 @@ def micro_batches(
     """Divides `rows` (of similar length side by side) into micro-batches, with empty ones up to `at_least`.
 
     Sequence lengths are multiples of `length_multiple` (sequence parallelism). Interleaved pipelining over `interleave`
-    stages (0: off) wants a multiple of as many micro-batches, all of one shape: Megatron exchanges forward and backward
+    stages (0: off) needs a multiple of as many micro-batches, all of one shape: Megatron exchanges forward and backward
     shapes between the same two ranks at once.
     """
     parts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
@@ -123,26 +156,24 @@ def _width(batch: Batch, rows: Sequence[int], length_multiple: int) -> int:
 def _micro_batch(batch: Batch, rows: Sequence[int], height: int, width: int) -> MicroBatch:
     """Rows as [height, width] tokens; what rows do not fill is padding that nothing reads."""
     device = batch.mask.device
+    index = torch.tensor(rows, dtype=torch.int64)
+    responses = batch.responses.select(index)
+    prompt_lengths = torch.tensor([len(batch.prompts[row]) for row in rows], dtype=torch.int64)
     ids = torch.zeros(height, width, dtype=torch.int64)
-    head_rows: list[int] = []
-    columns: list[int] = []
-    targets: list[int] = []
-    for i, row in enumerate(rows):
-        prompt, response = batch.prompts[row], batch.responses[row]
-        ids[i, : batch.length(row)] = torch.tensor((prompt + response)[:-1])
-        head_rows += [i] * len(response)
-        columns += range(len(prompt) - 1, len(prompt) - 1 + len(response))
-        targets += response
-    index = torch.tensor(rows, dtype=torch.int64, device=device)
-    width_of_responses = max((len(batch.responses[row]) for row in rows), default=0)
+    for i, response in enumerate(responses.tokens.split(responses.lengths.tolist())):
+        read = torch.cat((torch.tensor(batch.prompts[rows[i]]), response))[:-1]
+        ids[i, : len(read)] = read
+    # The token at column c of a response is predicted at the column before it.
+    head_rows = torch.arange(len(rows)).repeat_interleave(responses.lengths)
+    columns = torch.arange(len(head_rows)) + (prompt_lengths - 1 - responses.starts).repeat_interleave(
+        responses.lengths
+    )
+    longest = int(responses.lengths.max()) if rows else 0
     return MicroBatch(
-        rows_in_batch=index,
+        rows_in_batch=index.to(device),
         input_ids=ids.to(device),
         position_ids=torch.arange(width, device=device).expand(ids.shape[0], -1),
-        head_positions=(
-            torch.tensor(head_rows, dtype=torch.int64, device=device),
-            torch.tensor(columns, dtype=torch.int64, device=device),
-        ),
-        targets=torch.tensor(targets, dtype=torch.int64, device=device),
-        mask=batch.mask[index, :width_of_responses],
+        head_positions=(head_rows.to(device), columns.to(device)),
+        targets=responses.tokens.long().to(device),
+        mask=batch.mask[index.to(device), :longest],
     )

@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in Megatron's layout-free torch_dist format.
 
     checkpoints/step_000040/    model and optimizer tensors (torch_dist), rng/RANK.pt, state.json
-    checkpoints/.step_000050    one being written; renamed when whole, so a kill leaves the last good one
+    checkpoints/.step_000050    one being written; renamed when complete, so a kill leaves the last good one
 
 Weights and optimizer state load under another tensor-, pipeline- or data-parallel layout. Random states belong to
 ranks and are restored where the world has the same size.
@@ -26,7 +26,8 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from eapo_megatron.durable import sync_path, sync_tree
+from eapo_megatron.config import RecipeError
+from eapo_megatron.durable import publish, write_json
 from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.policy.runtime import cuda_tensor_types, rng_state, set_rng_state
 
@@ -34,6 +35,7 @@ from eapo_megatron.policy.runtime import cuda_tensor_types, rng_state, set_rng_s
 # adds this runtime's process groups to them.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 STATE_FILE = "state.json"
+STATE_VERSION = 2  # 1: without a version, "score" for "ranking"
 
 
 class Checkpoints:
@@ -45,15 +47,23 @@ class Checkpoints:
         self.keep_best = keep_best
 
     def steps(self) -> list[int]:
-        """Steps with a whole checkpoint, ascending."""
+        """Steps with a complete checkpoint, ascending."""
         return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
 
     def state(self, step: int) -> dict[str, Any]:
-        """What the loop gave to `save` as `state`."""
-        return json.loads((self.path(step) / STATE_FILE).read_text())
+        """What the loop gave to `save` as `state`, with the version that it was saved under.
+
+        Raises:
+            RecipeError: for a state of a later version of this package.
+        """
+        path = self.path(step) / STATE_FILE
+        state = {"version": 1, **json.loads(path.read_text())}
+        if state["version"] > STATE_VERSION:
+            raise RecipeError(f"{path} has version {state['version']}, this package reads up to {STATE_VERSION}")
+        return state
 
     def save(
         self,
@@ -65,7 +75,7 @@ class Checkpoints:
     ) -> None:
         """Writes step's checkpoint, then removes those that retention no longer keeps.
 
-        `state` is JSON; its "score" (higher is better, may be None) ranks the best.
+        `state` is JSON; its "ranking" (higher is better, may be None) says which are the best.
         """
         unfinished = self.folder / f".step_{step:06d}"
         if policy.runtime.is_main:
@@ -79,12 +89,9 @@ class Checkpoints:
         torch.save(rng_state(), unfinished / "rng" / f"{policy.runtime.rank}.pt")
         dist.barrier()
         if policy.runtime.is_main:
-            state = {**state, "step": step, "world_size": policy.runtime.world_size}
-            (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1))
-            sync_tree(unfinished)
-            shutil.rmtree(self.path(step), ignore_errors=True)
-            unfinished.rename(self.path(step))
-            sync_path(self.folder)
+            state = {"version": STATE_VERSION, **state, "step": step, "world_size": policy.runtime.world_size}
+            write_json(unfinished / STATE_FILE, state)
+            publish(unfinished, self.path(step))
             self._retain()
         dist.barrier()
 
@@ -107,14 +114,18 @@ class Checkpoints:
 
     def _retain(self) -> None:
         steps = self.steps()
-        scores = {step: score for step in steps if (score := self.state(step).get("score")) is not None}
-        best = sorted(scores, key=lambda step: (-scores[step], -step))[: self.keep_best]
+        rankings = {step: ranking for step in steps if (ranking := _ranking(self.state(step))) is not None}
+        best = sorted(rankings, key=lambda step: (-rankings[step], -step))[: self.keep_best]
         for step in set(steps) - set(steps[-self.keep_last :]) - set(best):
             shutil.rmtree(self.path(step))
 
 
+def _ranking(state: dict[str, Any]) -> float | None:
+    return state["score"] if state["version"] == 1 else state["ranking"]
+
+
 def save_weights(folder: Path, policy: Policy) -> None:
-    """Writes the weights alone (the warm start's cache), whole or not at all. Every rank calls it together."""
+    """Writes the weights alone (the warm start's cache). Every rank calls it together."""
     unfinished = folder.with_name(f".{folder.name}")
     if policy.runtime.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -122,8 +133,7 @@ def save_weights(folder: Path, policy: Policy) -> None:
     dist.barrier()
     _save_tensors(unfinished, _model_state(policy))
     if policy.runtime.is_main:
-        sync_tree(unfinished)
-        unfinished.rename(folder)
+        publish(unfinished, folder)
     dist.barrier()
 
 

@@ -1,7 +1,7 @@
 """The policy: megatron-core's GPTModel on each pipeline stage, with a head that runs on chosen positions only.
 
 At 150k vocabulary the logits dwarf every other activation, and a policy needs them at response positions alone; so
-the last stage's forward takes the positions it shall score and projects nothing else. What training needs of them, the
+the last stage's forward takes the positions that count and projects nothing else. What training needs of them, the
 log-probs of the tokens there and the entropies, comes from the fused head: logits exist in decoding only.
 """
 
@@ -37,10 +37,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """The tokens to score at the head's positions, and how."""
+class HeadTargets:
+    """The tokens whose log-probs, with entropies, are asked for at the head's positions."""
 
-    targets: Tensor  # int64 [M]
+    tokens: Tensor  # int64 [M]
     temperature: float
     entropy_grad: bool = False
 
@@ -65,12 +65,12 @@ class PolicyChunk(GPTModel):
         attention_mask: Tensor | None = None,
         *,
         head_positions: tuple[Tensor, Tensor] | None = None,
-        scoring: Scoring | None = None,
+        targets: HeadTargets | None = None,
         inference_context: StaticInferenceContext | None = None,
     ) -> Tensor:
         """input_ids [b, s] -> hidden states [s, b, H]; on the last chunk log-probs and entropies of M chosen positions.
 
-        They are float32 [2, M]; without `scoring` the last chunk gives logits [M, V/TP] instead. `head_positions` are
+        They are float32 [2, M]; without `targets` the last chunk gives logits [M, V/TP] instead. `head_positions` are
         the positions' rows (in b) and columns (in s), each int64 [M]. Without `attention_mask` (bool, True where not
         allowed) attention is causal.
         """
@@ -92,17 +92,17 @@ class PolicyChunk(GPTModel):
         hidden = hidden[columns, rows]
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        if scoring is None:
+        if targets is None:
             logits, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)
             return logits.squeeze(1)
         log_probs, entropies = linear_log_probs_and_entropy(
             hidden,
             weight,
-            scoring.targets,
+            targets.tokens,
             tp_group=self.pg_collection.tp,
             vocab_size=self.real_vocab_size,
-            temperature=scoring.temperature,
-            entropy_grad=scoring.entropy_grad,
+            temperature=targets.temperature,
+            entropy_grad=targets.entropy_grad,
             allreduce_dgrad=not self.config.sequence_parallel,
             gradient_accumulation_fusion=True,
             grad_filter=self.head.grad_filter,

@@ -59,6 +59,29 @@ class Runtime:
         dist.all_reduce(tensor)
         return tensor
 
+    def gather_rows(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every data-parallel rank's tensor [n, ...], in rank order, on the CPU; n may differ between ranks.
+
+        Two collectives over the data-parallel group, padded to the longest tensor; none for a single rank.
+        """
+        if self.data_parallel_size == 1:
+            return [tensor]
+        group = parallel_state.get_data_parallel_group()
+        counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.data_parallel_size)]
+        dist.all_gather(counts, torch.tensor([len(tensor)], device=self.device), group=group)
+        padded = torch.zeros(max(map(int, counts)), *tensor.shape[1:], dtype=tensor.dtype, device=self.device)
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded, group=group)
+        return [rows[: int(count)].cpu() for rows, count in zip(gathered, counts, strict=True)]
+
+    def from_replica_leader(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor of the replica's leader on all its ranks, on the CPU; the others give one of the same shape."""
+        shared = tensor.to(self.device)
+        source = parallel_state.get_model_parallel_src_rank()
+        dist.broadcast(shared, source, group=parallel_state.get_model_parallel_group())
+        return shared.cpu()
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's Python object, in rank order, on every rank."""
         gathered: list[Any] = [None] * self.world_size

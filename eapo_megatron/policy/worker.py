@@ -1,11 +1,11 @@
-"""The policy at work under Megatron's pipeline schedules: scoring responses, and optimizer steps on them."""
+"""The policy at work under Megatron's pipeline schedules: log-probs and entropies of responses, and optimizer steps."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -15,20 +15,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from eapo_megatron.algorithms import LossInputs, LossSettings, policy_loss_unchecked
-from eapo_megatron.policy.batching import Batch, MicroBatch, data_parallel_share, micro_batches
+from eapo_megatron.policy.batching import Batch, MicroBatch, TokenData, data_parallel_share, micro_batches
 from eapo_megatron.policy.optimizer import PolicyOptimizer
-from eapo_megatron.policy.policy_model import Policy, Scoring
+from eapo_megatron.policy.policy_model import HeadTargets, Policy
 
-
-@dataclass(frozen=True)
-class Scores:
-    """What one forward of a policy says of each response token; on every rank."""
-
-    log_probs: Tensor  # float32 [N, T]
-    entropies: Tensor  # float32 [N, T], nats
-
-    def are_finite(self) -> bool:
-        return bool(self.log_probs.isfinite().all()) and bool(self.entropies.isfinite().all())
+LOSS_FIELDS = frozenset(field.name for field in fields(LossInputs))
 
 
 @dataclass(frozen=True)
@@ -48,75 +39,53 @@ class PolicyWorker:
         self.temperature = temperature
         policy.config.finalize_model_grads_func = finalize_model_grads
 
-    def score(self, batch: Batch) -> Scores:
-        """Log-probs and entropies of every response token, from one forward."""
+    def log_probs_and_entropies(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probs of every response token and entropies (nats) of their distributions, from one forward.
+
+        Both float32 [N, T], 0 outside the mask, on every rank.
+        """
         results = torch.zeros(2, *batch.mask.shape, device=self.policy.runtime.device)
 
-        def collect(micro: MicroBatch, scores: Tensor) -> tuple[Tensor, Tensor, dict]:
+        def collect(micro: MicroBatch, outputs: Tensor) -> tuple[Tensor, Tensor, dict]:
             if self.policy.runtime.reports_last_stage and micro.rows_in_batch.numel():
-                for result, score in zip(results, scores, strict=True):
-                    result[micro.rows_in_batch, : micro.mask.shape[1]] = micro.to_responses(score)
-            return _nothing(scores), _nothing(scores).int(), {}
+                for result, values in zip(results, outputs, strict=True):
+                    result[micro.rows_in_batch, : micro.mask.shape[1]] = micro.to_responses(values)
+            return _nothing(outputs), _nothing(outputs).int(), {}
 
         with torch.no_grad():
             self._run(self._micro_batches(batch, range(batch.size)), collect, forward_only=True)
         self.policy.runtime.all_sum(results)
-        return Scores(results[0], results[1])
+        return results[0], results[1]
 
     def update(
-        self,
-        batch: Batch,
-        rows: Sequence[int],
-        optimizer: PolicyOptimizer,
-        settings: LossSettings,
-        *,
-        weights: Tensor,
-        old_log_probs: Tensor | None = None,
-        advantages: Tensor | None = None,
+        self, batch: Batch, rows: Sequence[int], optimizer: PolicyOptimizer, settings: LossSettings, tokens: TokenData
     ) -> Update:
         """One optimizer step on `rows` of the batch.
 
-        `weights` [N, T] are each token's share of the loss denominator of this step (`loss_weights`), so gradients do
+        `tokens.weights` are each token's share of the loss denominator of this step (`loss_weights`), so gradients do
         not depend on how rows are divided. A NaN or Inf in the loss or a gradient leaves the policy as it was.
         """
-        metrics = self.accumulate(
-            batch, rows, settings, weights=weights, old_log_probs=old_log_probs, advantages=advantages
-        )
+        metrics = self.accumulate(batch, rows, settings, tokens)
         lr = optimizer.lr
         applied, norm = optimizer.step(loss_is_finite=math.isfinite(metrics["loss/policy"]))
         return Update(applied, {**metrics, "grad_norm": norm, "lr": lr})
 
     def accumulate(
-        self,
-        batch: Batch,
-        rows: Sequence[int],
-        settings: LossSettings,
-        *,
-        weights: Tensor,
-        old_log_probs: Tensor | None = None,
-        advantages: Tensor | None = None,
+        self, batch: Batch, rows: Sequence[int], settings: LossSettings, tokens: TokenData
     ) -> dict[str, float]:
         """Forward and backward over `rows`: global gradients in main_grad, global sums of the loss's metrics."""
-        unset = torch.zeros_like(weights)
 
-        def loss(micro: MicroBatch, scores: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            cut = (micro.rows_in_batch, slice(micro.mask.shape[1]))
+        def loss(micro: MicroBatch, outputs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             if not micro.rows_in_batch.numel():
-                return scores.sum(), _nothing(scores).int(), {}
-            log_probs, entropies = scores
-            outputs = policy_loss_unchecked(
-                LossInputs(
-                    log_probs=micro.to_responses(log_probs),
-                    old_log_probs=(unset if old_log_probs is None else old_log_probs)[cut],
-                    advantages=(unset if advantages is None else advantages)[cut],
-                    mask=micro.mask,
-                    entropies=micro.to_responses(entropies),
-                    weights=weights[cut],
-                ),
-                settings,
+                return outputs.sum(), _nothing(outputs).int(), {}
+            log_probs, entropies = (micro.to_responses(values) for values in outputs)
+            own = tokens.of(micro.rows_in_batch, micro.mask.shape[1]).known()
+            of_loss = {name: values for name, values in own.items() if name in LOSS_FIELDS}
+            result = policy_loss_unchecked(
+                LossInputs(log_probs=log_probs, entropies=entropies, mask=micro.mask, **of_loss), settings
             )
             # The schedule holds on to both: no token count (gradients are already normalised), and the metrics.
-            return outputs.loss, _nothing(scores).int(), outputs.metrics
+            return result.loss, _nothing(outputs).int(), result.metrics
 
         self.policy.zero_grad()
         outputs = self._run(
@@ -149,12 +118,12 @@ class PolicyWorker:
     def _run(
         self, micros: list[MicroBatch], consume: Callable[..., Any], *, forward_only: bool, entropy_grad: bool = False
     ) -> list[dict[str, Tensor]]:
-        """All micro-batches through Megatron's schedule; `consume(micro, scores [2, M])` runs on the last stage."""
+        """All micro-batches through Megatron's schedule; `consume(micro, outputs [2, M])` runs on the last stage."""
 
         def forward_step(micro_iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
             micro = next(micro_iterator)
-            scoring = Scoring(micro.targets, self.temperature, entropy_grad)
-            output = chunk(micro.input_ids, micro.position_ids, head_positions=micro.head_positions, scoring=scoring)
+            targets = HeadTargets(micro.targets, self.temperature, entropy_grad)
+            output = chunk(micro.input_ids, micro.position_ids, head_positions=micro.head_positions, targets=targets)
             return output, partial(consume, micro)
 
         chunks = self.policy.chunks

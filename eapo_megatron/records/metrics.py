@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from eapo_megatron.algorithms import quadrant_masks, quadrant_metrics, quadrant_statistics
 from eapo_megatron.policy.batching import Batch
-from eapo_megatron.policy.worker import Scores, Update
-from eapo_megatron.rollout.sampler import Group, Sampler
+from eapo_megatron.policy.worker import Update
 
 
-def batch_metrics(batch: Batch, old: Scores, advantages: Tensor) -> dict[str, float]:
+def batch_metrics(batch: Batch, old_log_probs: Tensor, entropies: Tensor, advantages: Tensor) -> dict[str, float]:
     """Rewards, lengths, entropies (nats) and the four quadrants of the batch that is trained on."""
     mask, lengths = batch.mask, batch.mask.sum(dim=-1)
     tokens = int(lengths.sum())
-    quadrants = quadrant_masks(batch.rewards, old.entropies, mask, batch.group_ids)
-    log_prob_gap = (old.log_probs - batch.behaviour_log_probs).abs() * mask
+    quadrants = quadrant_masks(batch.rewards, entropies, mask, batch.group_ids)
+    log_prob_gap = (old_log_probs - batch.rollout_log_probs).abs() * mask
     return {
         "reward/mean": float(batch.rewards.double().mean()),
         "response_length/mean": tokens / batch.size,
         "response_length/max": float(lengths.max()),
         "response_length/total": tokens,
         "response_length/truncated_share": float((~batch.finished).double().mean()),
-        "entropy/mean": float((old.entropies.double() * mask).sum()) / tokens,
+        "entropy/mean": float((entropies.double() * mask).sum()) / tokens,
         "advantage/mean_abs": float((advantages.double().abs() * mask).sum()) / tokens,
         "rollout/log_prob_gap": float(log_prob_gap.double().sum()) / tokens,
-        **quadrant_metrics(quadrant_statistics(quadrants, old.entropies, advantages)),
+        **quadrant_metrics(quadrant_statistics(quadrants, entropies, advantages)),
     }
 
 
@@ -37,17 +35,3 @@ def mean_of_updates(updates: Sequence[Update]) -> dict[str, float]:
     names = updates[0].metrics
     means = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in names}
     return {**means, "updates": len(updates)}
-
-
-def describe_samples(groups: Sequence[Group], sampler: Sampler, count: int) -> list[dict[str, Any]]:
-    """The first response of each of the first groups, with its reward."""
-    return [
-        {
-            "prompt": group.prompt.text,
-            "response": sampler.text(group.responses[0]),
-            "answer": group.prompt.answer,
-            "reward": group.rewards[0],
-            "finished": group.responses[0].finished,
-        }
-        for group in groups[:count]
-    ]

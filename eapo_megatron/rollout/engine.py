@@ -1,11 +1,29 @@
-"""The rollout protocol: prompts in, sampled responses out."""
+"""The rollout protocol: prompts in, sampled responses out, new weights when the policy has moved.
+
+A new engine is one module with a function `open_engine` and one line in `ENGINES`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import importlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
+
+from torch import Tensor
+
+from eapo_megatron.config import RecipeError, Rollout
+from eapo_megatron.policy.responses import Responses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from eapo_megatron.policy.policy_model import Policy
+
+# The module of each engine by its name in `rollout.engine`; it has
+# open_engine(policy, rollout: config.Rollout, tokenizer) -> RolloutEngine.
+ENGINES = {"megatron": "eapo_megatron.rollout.megatron_engine"}
 
 
 @dataclass(frozen=True)
@@ -19,31 +37,38 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Response:
-    """One sampled response.
-
-    `log_probs` are the sampler's own, after temperature, top-k and top-p. `finished`: it ended with a stop token,
-    which is its last; otherwise it was cut at the maximum length and keeps all its tokens.
-    """
-
-    tokens: list[int]
-    log_probs: list[float]
-    finished: bool
-
-
 class RolloutEngine(Protocol):
     """What the training loop asks of an engine; every rank calls it together."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
-    ) -> list[list[Response]]:
-        """For each prompt of this rank's model replica one response a seed, on every rank of the replica."""
+    ) -> Responses:
+        """For each prompt of this rank's model replica one response a seed, in their order, on all its ranks."""
         ...
 
-    def sync_weights(self) -> None:
-        """Brings the policy's current weights to the engine."""
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Brings the policy's current weights to the engine; responses say the `version` that they were sampled from.
+
+        `named_tensors` are Hugging Face names and full tensors, made when they are asked for: an engine that needs them
+        iterates over all of them on every rank.
+        """
         ...
+
+
+def check_engine(name: str) -> None:
+    """Refuses an unknown engine.
+
+    Raises:
+        RecipeError: naming the key and the known engines.
+    """
+    if name not in ENGINES:
+        raise RecipeError(f"rollout.engine must be one of {', '.join(ENGINES)}, got {name!r}")
+
+
+def open_engine(policy: Policy, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
+    """The recipe's engine, with the policy's weights."""
+    module = importlib.import_module(ENGINES[rollout.engine])
+    return cast(RolloutEngine, module.open_engine(policy, rollout, tokenizer))
 
 
 def response_seed(seed: int, stream: str, position: int, sample: int) -> int:

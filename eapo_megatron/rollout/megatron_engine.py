@@ -4,12 +4,13 @@ Prompts are padded on the left (rotary positions are relative, so a shift change
 cache is then repeated for the G responses of each prompt, and rows that are done leave the batch once half of it is.
 Pipeline stages pass hidden states down, chunk by chunk under interleaving; the last stage draws the tokens.
 Replicas that share experts (expert parallelism over data-parallel ranks) step together: one that is done keeps decoding
-a row, whose tokens nobody reads, until all are.
+a row, whose tokens nobody reads, until all are done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,19 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from eapo_megatron.config import Rollout
 from eapo_megatron.policy.policy_model import Policy
-from eapo_megatron.rollout.engine import Response, SamplingParams
+from eapo_megatron.policy.responses import Responses
+from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.sampling import draw, filtered_log_probs, response_uniforms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_engine(policy: Policy, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> MegatronEngine:
+    """The engine under the recipe's settings."""
+    return MegatronEngine(policy, pad_token_id=tokenizer.pad_token_id, max_batch_size=rollout.max_batch_size)
 
 
 class MegatronEngine:
@@ -30,23 +41,25 @@ class MegatronEngine:
         self.policy = policy
         self.pad_token_id = pad_token_id
         self.max_batch_size = max_batch_size
+        self.version = 0
 
-    def sync_weights(self) -> None:
-        """The engine shares the policy's parameters."""
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes the version alone: the engine shares the policy's parameters."""
+        self.version = version
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
-    ) -> list[list[Response]]:
+    ) -> Responses:
         """For each prompt one response a seed, on every rank of the model replica."""
-        responses: list[list[Response]] = []
+        responses = [Responses.of_lists([])]
         batches = list(self._batches(seeds))
         idle = self._largest_of_replicas(len(batches)) - len(batches)
         with self.policy.inference():
             for start, stop in batches:
-                responses += self._generate_batch(prompts[start:stop], seeds[start:stop], sampling)
+                responses.append(self._generate_batch(prompts[start:stop], seeds[start:stop], sampling))
             for _ in range(idle):
                 self._generate_batch([[self.pad_token_id]], [[0]], sampling, idle=True)
-        return responses
+        return Responses.concatenated(responses)
 
     def _batches(self, seeds: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
         """Runs of prompts whose responses fit the batch size (a single prompt always goes)."""
@@ -66,8 +79,8 @@ class MegatronEngine:
         sampling: SamplingParams,
         *,
         idle: bool = False,
-    ) -> list[list[Response]]:
-        """One batch; an `idle` one only keeps other replicas company and its responses mean nothing."""
+    ) -> Responses:
+        """One batch. An `idle` one takes part in the steps of other replicas; its responses mean nothing."""
         device = self.policy.runtime.device
         width, length = max(map(len, prompts)), sampling.max_response_tokens
         padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
@@ -111,7 +124,15 @@ class MegatronEngine:
             logits = self._forward(drawn.unsqueeze(-1), mask, context)
 
         log_probs = self._from_last_stage(log_probs)
-        return _unflatten(tokens, log_probs, lengths, stops, seeds)
+        last = tokens.gather(1, (lengths - 1).unsqueeze(-1)).squeeze(-1)
+        written = torch.arange(length, device=device) < lengths.unsqueeze(-1)
+        return Responses(
+            lengths=lengths.cpu(),
+            tokens=tokens[written].int().cpu(),
+            log_probs=log_probs[written].cpu(),
+            finished=torch.isin(last, stops).cpu(),
+            versions=torch.full((count,), self.version),
+        )
 
     def _largest_of_replicas(self, value: int) -> int:
         """The largest value among the replicas that share experts with this one."""
@@ -174,16 +195,3 @@ def _select_rows(context: StaticInferenceContext, rows: Tensor) -> None:
     for layer, (keys, values) in context.key_value_memory_dict.items():
         context.key_value_memory_dict[layer] = (keys.index_select(1, rows), values.index_select(1, rows))
     context.max_batch_size = rows.numel()
-
-
-def _unflatten(
-    tokens: Tensor, log_probs: Tensor, lengths: Tensor, stops: Tensor, seeds: Sequence[Sequence[int]]
-) -> list[list[Response]]:
-    """Rows of padded tensors as responses, grouped by prompt."""
-    last = tokens.gather(1, (lengths - 1).unsqueeze(-1)).squeeze(-1)
-    finished = torch.isin(last, stops).tolist()
-    rows = iter(zip(tokens.tolist(), log_probs.tolist(), lengths.tolist(), finished, strict=True))
-    return [
-        [Response(ids[:n], probs[:n], done) for ids, probs, n, done in (next(rows) for _ in generations)]
-        for generations in seeds
-    ]

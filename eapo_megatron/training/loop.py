@@ -3,20 +3,35 @@
     prompts -> rollouts -> rewards -> (dynamic sampling) -> one forward of the old policy: log-probs AND entropies
     -> group advantages -> shaping -> mini-batches of optimizer steps -> weights to the rollout engine
 
-Every rank holds the whole batch, so the statistics of Eq. 6 need no communication of their own.
+Every rank holds the complete batch, so the statistics of Eq. 6 need no communication of their own.
+
+Departures from textbook GRPO (arXiv 2402.03300), all but the first two by setting:
+
+- the loss is divided by the response tokens of the optimizer step, over all ranks, not by each response's own length
+  (`algorithm.loss.aggregation`);
+- the batch of a step is collected once and trained on in mini-batches, each once, with the old policy's log-probs from
+  a forward of the training policy, not from the sampler;
+- there is no KL to a reference policy;
+- the advantage differs from token to token (`algorithm.shaping`);
+- the clip range is asymmetric (`algorithm.loss.eps_low`, `eps_high`: DAPO's clip-higher, arXiv 2503.14476);
+- groups whose rewards are all equal are drawn anew (`algorithm.dynamic_sampling_rounds`, DAPO);
+- responses without a verdict (a reward function of the user that crashed or ran out of time) are left out;
+- an update with NaN or Inf in its loss or gradients is skipped, and too many in a row end the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from eapo_megatron.algorithms import ShapingInputs, group_advantages, loss_weights, shape_advantages
-from eapo_megatron.evaluation.evaluate import held_out_solve_rate
-from eapo_megatron.policy.batching import Batch, make_batch
+from eapo_megatron.evaluation.evaluate import evaluate
+from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
 from eapo_megatron.policy.worker import Update
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
-from eapo_megatron.rollout.collect import collect
+from eapo_megatron.records.samples import describe_samples
+from eapo_megatron.rollout.rollouts import Collected, collect
 from eapo_megatron.training.session import InterruptedRunError, Run, TrainingStoppedError
 
 
@@ -28,14 +43,16 @@ def train(run: Run) -> dict[str, Any]:
     """
     steps = run.recipe.train.steps
     if run.progress.step == 0:
-        evaluate(run)
+        evaluate_and_log(run)
+    agree_to_stop(run)
     while run.progress.step < steps and not run.stopping:
         run.progress.step += 1
         metrics = train_step(run)
         last = run.progress.step == steps
         if last or _due(run, run.recipe.evaluation.every):
-            metrics |= evaluate(run)
+            metrics |= evaluation_metrics(run)
         log(run, metrics)
+        agree_to_stop(run)
         if last or run.stopping or _due(run, run.recipe.checkpoint.every):
             with run.timer("checkpoint"):  # in the next step's seconds: a checkpoint counts on its step's record
                 run.save()
@@ -49,63 +66,61 @@ def train(run: Run) -> dict[str, Any]:
 
 def train_step(run: Run) -> dict[str, float]:
     """One rollout batch and its optimizer steps -> metrics."""
-    algorithm = run.recipe.algorithm
+    recipe, algorithm = run.recipe, run.recipe.algorithm
     with run.timer("rollout"):
-        groups, metrics = collect(run)
-    if not groups:
+        collected = collect(run.sampler, run.ingredients.train, recipe, run.progress.position)
+        record_samples(run, collected)
+    run.progress.position = collected.position
+    metrics, groups = collected.metrics(recipe.reward.positive_threshold), collected.groups
+    if not groups.prompts:
         run.progress.skipped_steps += 1
         return metrics
     batch = make_batch(
-        [group.prompt.token_ids for group in groups],
-        [group.responses for group in groups],
-        [group.rewards for group in groups],
+        [prompt.token_ids for prompt in groups.prompts],
+        groups.responses,
+        groups.group_ids,
+        groups.rewards,
         run.runtime.device,
     )
     with run.timer("old_policy"):
-        old = run.worker.score(batch)
-    if not old.are_finite():
+        old_log_probs, entropies = run.worker.log_probs_and_entropies(batch)
+    if not bool(torch.isfinite(old_log_probs).all() & torch.isfinite(entropies).all()):
         count_update(run, Update(applied=False, metrics={}))
         return metrics
     with run.timer("advantages"):
         group_advantage = group_advantages(batch.rewards, batch.group_ids, estimator=algorithm.advantage_estimator)
         inputs = ShapingInputs(
             advantages=group_advantage.unsqueeze(-1) * batch.mask,
-            entropies=old.entropies,
+            entropies=entropies,
             mask=batch.mask,
             group_ids=batch.group_ids,
             rewards=batch.rewards,
-            log_probs=old.log_probs,
+            log_probs=old_log_probs,
         )
         advantages = shape_advantages(algorithm.shaping.name, inputs, **algorithm.shaping.options)
     updates = []
     with run.timer("update"):
-        for rows in mini_batches(batch, run.recipe.train.mini_batch_prompts):
-            weights = loss_weights(batch.mask_of(rows), batch.group_ids, aggregation=algorithm.loss.aggregation)
-            update = run.worker.update(
-                batch,
-                rows,
-                run.optimizer,
-                run.ingredients.loss,
-                weights=weights,
-                old_log_probs=old.log_probs,
+        for rows in mini_batches(batch, recipe.train.mini_batch_prompts):
+            tokens = TokenData(
+                weights=loss_weights(batch.mask_of(rows), batch.group_ids, aggregation=algorithm.loss.aggregation),
                 advantages=advantages,
+                old_log_probs=old_log_probs,
+                old_entropies=entropies,
+                rollout_log_probs=batch.rollout_log_probs,
             )
-            updates.append(update)
-            count_update(run, update)
+            updates.append(run.worker.update(batch, rows, run.optimizer, run.ingredients.loss, tokens))
+            count_update(run, updates[-1])
     with run.timer("weight_sync"):
-        run.sampler.engine.sync_weights()
+        run.update_engine()
     run.progress.response_tokens += int(batch.mask.sum())
-    return metrics | batch_metrics(batch, old, advantages) | mean_of_updates(updates)
+    return metrics | batch_metrics(batch, old_log_probs, entropies, advantages) | mean_of_updates(updates)
 
 
-def mini_batches(batch: Batch, prompts: int) -> Iterator[list[int]]:
-    """Rows of `prompts` whole groups at a time: one optimizer step each."""
-    groups: dict[int, list[int]] = {}
-    for row, group in enumerate(batch.group_ids.tolist()):
-        groups.setdefault(group, []).append(row)
-    rows = list(groups.values())
-    for start in range(0, len(rows), prompts):
-        yield [row for group in rows[start : start + prompts] for row in group]
+def record_samples(run: Run, collected: Collected) -> None:
+    """Keeps a few responses of the step's first round."""
+    if run.records is not None:
+        shown = describe_samples(collected.drawn[0], run.recipe.logging.samples_per_step, run.sampler.text)
+        run.records.log_samples(run.progress.step, shown)
 
 
 def count_update(run: Run, update: Update) -> None:
@@ -124,34 +139,41 @@ def count_update(run: Run, update: Update) -> None:
         )
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """The held-out solve rate, remembered by step."""
-    if not run.ingredients.held_out:
+def evaluation_metrics(run: Run) -> dict[str, float]:
+    """The solve rate on the evaluation's prompts, remembered by step."""
+    recipe, prompts = run.recipe, run.ingredients.evaluation
+    if not prompts:
         return {}
     with run.timer("evaluation"):
-        rate = held_out_solve_rate(run)
-    run.progress.held_out[str(run.progress.step)] = rate
-    if run.progress.step == 0:
-        log(run, {"held_out/solve_rate": rate})
+        rate = evaluate(run.sampler, prompts, recipe.evaluation, recipe.seed).solve_rate(
+            recipe.reward.positive_threshold
+        )
+    run.progress.evaluations[str(run.progress.step)] = rate
     return {"held_out/solve_rate": rate}
 
 
-def log(run: Run, metrics: dict[str, float]) -> None:
-    """One line of metrics, with the seconds of each phase, tokens per second and peak memory.
+def evaluate_and_log(run: Run) -> None:
+    """The policy before the first step."""
+    if metrics := evaluation_metrics(run):
+        log(run, metrics)
 
-    Here the ranks also agree whether one of them was asked to stop.
-    """
+
+def log(run: Run, metrics: dict[str, float]) -> None:
+    """One line of metrics, with the seconds of each phase, tokens per second and peak memory."""
     seconds = run.timer.lap()
     metrics |= seconds | {"skipped_updates": run.progress.skipped_updates}
     if "response_length/total" in metrics:
         metrics["tokens_per_second"] = metrics["response_length/total"] / sum(seconds.values())
-    ranks = run.runtime.gather_objects((run.runtime.peak_memory_bytes(), run.stop_request.received))
-    metrics["memory/peak_gib"] = max(peak for peak, _ in ranks) / 2**30
-    run.stopping = any(asked for _, asked in ranks)
+    metrics["memory/peak_gib"] = max(run.runtime.gather_objects(run.runtime.peak_memory_bytes())) / 2**30
     if run.records is not None:
         run.records.log(run.progress.step, metrics)
         note = f"solve rate {metrics.get('rollout/solve_rate', metrics.get('held_out/solve_rate', 0)):.3f}"
         run.records.advance("training", run.progress.step, run.recipe.train.steps, note)
+
+
+def agree_to_stop(run: Run) -> None:
+    """All ranks learn whether one of them was asked to stop."""
+    run.stopping = any(run.runtime.gather_objects(run.stop_request.received))
 
 
 def _due(run: Run, every: int) -> bool:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from eapo_megatron.config import Recipe
+from eapo_megatron.config import Recipe, RecipeError
+from eapo_megatron.durable import write_json
 from eapo_megatron.policy.checkpoint import Checkpoints
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.policy_model import Policy, build_policy
 from eapo_megatron.policy.runtime import Runtime
 from eapo_megatron.policy.worker import PolicyWorker
-from eapo_megatron.records.records import Records, Stopwatch, write_json
-from eapo_megatron.rollout.engine import SamplingParams
-from eapo_megatron.rollout.megatron_engine import MegatronEngine
-from eapo_megatron.rollout.sampler import Sampler
+from eapo_megatron.records.records import Records
+from eapo_megatron.records.stopwatch import Stopwatch
+from eapo_megatron.rollout.engine import open_engine
+from eapo_megatron.rollout.rollouts import Sampler
 from eapo_megatron.stopping import EXIT_INTERRUPTED, StopRequest
 from eapo_megatron.training.preflight import RECIPE_FILE, Ingredients
 from eapo_megatron.training.warm_start import warm_start
@@ -44,15 +45,33 @@ class Progress:
     step: int = 0  # steps done
     position: int = 0  # prompts drawn
     optimizer_steps: int = 0
-    skipped_updates: int = 0  # NaN or Inf in a loss, a gradient, or the old policy's scores
+    skipped_updates: int = 0  # NaN or Inf in a loss, a gradient, or the old policy's log-probs or entropies
     skipped_in_a_row: int = 0
     skipped_steps: int = 0  # dynamic sampling found no group with differing rewards
     response_tokens: int = 0
-    held_out: dict[str, float] = field(default_factory=dict)  # solve rate by step
+    evaluations: dict[str, float] = field(default_factory=dict)  # solve rate by step
 
-    def score(self) -> float | None:
-        """The held-out solve rate of this very step, which ranks its checkpoint."""
-        return self.held_out.get(str(self.step))
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Progress:
+        """Reads what `Run.save` wrote, by this version of the package or an earlier one.
+
+        Raises:
+            RecipeError: naming what is missing or not known.
+        """
+        saved = dict(state["progress"])
+        if state["version"] == 1:
+            saved["evaluations"] = saved.pop("held_out")
+        names = {field.name for field in fields(cls)}
+        if saved.keys() != names:
+            raise RecipeError(
+                f"state.json of step {state['step']}: progress lacks {sorted(names - saved.keys())} "
+                f"and has {sorted(saved.keys() - names)} too much"
+            )
+        return cls(**saved)
+
+    def ranking(self) -> float | None:
+        """The solve rate of the evaluation of this very step, which says how good its checkpoint is."""
+        return self.evaluations.get(str(self.step))
 
 
 @dataclass
@@ -73,30 +92,24 @@ class Run:
     stopping: bool = False  # some rank was asked to stop; the same on all
     timer: Stopwatch = field(default_factory=Stopwatch)
 
-    def sampling(self, *, temperature: float, top_p: float, top_k: int = 0) -> SamplingParams:
-        """The recipe's lengths and stop tokens at these sampling settings."""
-        stops = {self.ingredients.tokenizer.eos_token_id, *self.recipe.rollout.stop_token_ids}
-        return SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            max_response_tokens=self.recipe.rollout.max_response_tokens,
-            stop_token_ids=tuple(sorted(stops)),
-        )
+    def update_engine(self) -> None:
+        """Brings the policy's weights to the rollout engine; their version is the number of steps done."""
+        self.sampler.engine.update_weights((), self.progress.step)
 
     def save(self) -> None:
         """A checkpoint of this step, once its records are on disk."""
         if self.records is not None:
             self.records.sync()
-        state = {"progress": asdict(self.progress), "score": self.progress.score()}
+        state = {"progress": asdict(self.progress), "ranking": self.progress.ranking()}
         self.checkpoints.save(self.progress.step, self.policy, self.optimizer.megatron, self.optimizer.schedule, state)
 
     def summary(self) -> dict[str, Any]:
         """summary.json."""
-        rates = self.progress.held_out
+        rates = self.progress.evaluations
         return {
             "name": self.recipe.name,
-            **{key: value for key, value in asdict(self.progress).items() if key != "held_out"},
+            **{key: value for key, value in asdict(self.progress).items() if key != "evaluations"},
+            "dropped": self.ingredients.dropped,
             "held_out": {
                 "solve_rate_start": rates.get("0"),
                 "solve_rate_end": rates.get(str(self.progress.step)),
@@ -107,7 +120,7 @@ class Run:
 
 @contextmanager
 def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_request: StopRequest) -> Iterator[Run]:
-    """Builds the policy and its optimizer, resumed from the run folder's last checkpoint where there is one."""
+    """Opens the policy and what trains it, resumed from the run folder's last checkpoint where there is one."""
     folder = recipe.run_folder
     checkpoints = Checkpoints(
         folder / "checkpoints", keep_last=recipe.checkpoint.keep_last, keep_best=recipe.checkpoint.keep_best
@@ -118,32 +131,27 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
         write_json(folder / RECIPE_FILE, recipe.experiment())
         save_run_assets(folder, recipe.model, ingredients.hf_config, ingredients.tokenizer)
     policy = build_policy(ingredients.hf_config, recipe.model, recipe.parallel, runtime)
+    if not steps:
+        load_weights(policy, weight_source(recipe.model, ingredients.hf_config, recipe.seed))
     worker = PolicyWorker(
         policy, micro_batch_size=recipe.train.micro_batch_size, temperature=recipe.rollout.temperature
     )
     progress = Progress()
-    if not steps:
-        load_weights(policy, weight_source(recipe.model, ingredients.hf_config, recipe.seed))
     with ExitStack() as stack:
         records = None
         if runtime.is_main:
             records = stack.enter_context(Records(recipe, first_step=steps[-1] + 1 if steps else 0))
+            if ingredients.dropped:
+                records.say(f"left out of the data: {ingredients.describe_dropped()}")
         if not steps and recipe.warm_start.steps:
             warm_start(recipe, ingredients, worker, records)
         # After the weights: a bf16 policy's optimizer copies them in float32 when it is built.
         optimizer = build_optimizer(policy, recipe.optimizer)
         if steps:
-            state = checkpoints.load(steps[-1], policy, optimizer.megatron, optimizer.schedule)
-            progress = Progress(**state["progress"])
-        engine = MegatronEngine(
-            policy,
-            pad_token_id=ingredients.tokenizer.pad_token_id,
-            max_batch_size=recipe.rollout.max_batch_size,
-        )
-        sampler = stack.enter_context(Sampler(engine, recipe.reward, ingredients.tokenizer, runtime))
-        if records is not None and steps:
-            records.say(f"resumed from step {progress.step} of {folder}")
-        yield Run(
+            progress = Progress.of_state(checkpoints.load(steps[-1], policy, optimizer.megatron, optimizer.schedule))
+        engine = open_engine(policy, recipe.rollout, ingredients.tokenizer)
+        sampler = stack.enter_context(Sampler(engine, recipe, ingredients.tokenizer, runtime))
+        run = Run(
             recipe,
             ingredients,
             runtime,
@@ -156,3 +164,7 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
             progress,
             stop_request,
         )
+        run.update_engine()
+        if records is not None and steps:
+            records.say(f"resumed from step {progress.step} of {folder}")
+        yield run

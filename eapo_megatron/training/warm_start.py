@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from eapo_megatron.algorithms import LossSettings, loss_weights
 from eapo_megatron.config import Optimizer, Recipe, fingerprint
 from eapo_megatron.data import Prompt, prompt_indices
-from eapo_megatron.policy.batching import Batch, make_batch
+from eapo_megatron.policy.batching import Batch, TokenData, make_batch
 from eapo_megatron.policy.checkpoint import load_policy_weights, save_weights
 from eapo_megatron.policy.optimizer import build_optimizer
+from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.records.records import Records
-from eapo_megatron.rollout.engine import Response
 from eapo_megatron.training.preflight import Ingredients
 
 LOSS = LossSettings(loss="negative_log_likelihood")
@@ -43,9 +45,10 @@ def warm_start(recipe: Recipe, ingredients: Ingredients, worker: PolicyWorker, r
     for step in range(settings.steps):
         drawn = prompt_indices(recipe.seed, step * settings.batch_size, settings.batch_size, len(solved))
         batch = _batch([solved[index] for index in drawn], ingredients, worker)
-        update = worker.update(
-            batch, range(batch.size), optimizer, LOSS, weights=loss_weights(batch.mask, batch.group_ids)
-        )
+        weights = loss_weights(batch.mask, batch.group_ids)
+        unused = torch.zeros_like(weights)
+        tokens = TokenData(weights=weights, advantages=unused, old_log_probs=unused)
+        update = worker.update(batch, range(batch.size), optimizer, LOSS, tokens)
         if records is not None:
             records.advance("warm start", step + 1, settings.steps, f"loss {update.metrics['loss/policy']:.3f}")
     save_weights(cache, worker.policy)
@@ -62,9 +65,13 @@ def cache_folder(recipe: Recipe) -> Path:
 def _batch(prompts: list[Prompt], ingredients: Ingredients, worker: PolicyWorker) -> Batch:
     """Solutions as if they had been sampled: each one a group of its own, ended by the end of sequence."""
     tokenizer = ingredients.tokenizer
-    groups = []
-    for prompt in prompts:
-        tokens = [*tokenizer.encode(prompt.solution, add_special_tokens=False), tokenizer.eos_token_id]
-        groups.append([Response(tokens, [0.0] * len(tokens), True)])
-    rewards = [[1.0]] * len(prompts)
-    return make_batch([prompt.token_ids for prompt in prompts], groups, rewards, worker.policy.runtime.device)
+    solutions = Responses.of_lists(
+        [[*tokenizer.encode(p.solution, add_special_tokens=False), tokenizer.eos_token_id] for p in prompts]
+    )
+    return make_batch(
+        [prompt.token_ids for prompt in prompts],
+        solutions,
+        torch.arange(len(prompts)),
+        torch.ones(len(prompts)),
+        worker.policy.runtime.device,
+    )

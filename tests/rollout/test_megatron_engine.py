@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from eapo_megatron.config import Parallel
-from eapo_megatron.rollout.engine import Response
 from hf_reference import tiny_model
 from layouts import LAYOUTS, RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS
+from measure_rollouts import Response
 
 Measured = Callable[[str], dict[str, Any]]
 ROLLOUTS = [name for name, layout in LAYOUTS.items() if layout.rollouts]
@@ -69,16 +69,16 @@ def test_all_ranks_of_a_replica_have_the_responses(name: str, measured: Measured
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)
-def test_behaviour_log_probs_are_the_policys(name: str, measured: Measured) -> None:
-    behaviour, scores = measured(name)["rollouts"]["scored"]
-    assert len(behaviour) > 20
-    torch.testing.assert_close(behaviour, scores, rtol=0, atol=2e-5)
+def test_rollout_log_probs_are_the_policys(name: str, measured: Measured) -> None:
+    of_engine, of_worker = measured(name)["rollouts"]["log_probs"]
+    assert len(of_engine) > 20
+    torch.testing.assert_close(of_engine, of_worker, rtol=0, atol=2e-5)
 
 
-def test_behaviour_log_probs_are_the_policys_at_temperature_1(measured: Measured) -> None:
-    behaviour, scores = measured("single")["engine"]["scored_at_1"]
-    assert len(behaviour) > 20
-    torch.testing.assert_close(behaviour, scores, rtol=0, atol=2e-5)
+def test_rollout_log_probs_are_the_policys_at_temperature_1(measured: Measured) -> None:
+    of_engine, of_worker = measured("single")["engine"]["log_probs_at_1"]
+    assert len(of_engine) > 20
+    torch.testing.assert_close(of_engine, of_worker, rtol=0, atol=2e-5)
 
 
 def test_responses_of_a_prompt_differ(measured: Measured) -> None:

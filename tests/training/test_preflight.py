@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from eapo_megatron.config import Parallel, RecipeError, parse_recipe
-from eapo_megatron.training.preflight import check_layout, prepare
+from eapo_megatron.policy.layout_checks import check_layout
+from eapo_megatron.training.preflight import prepare
 
 ARCHITECTURE = {
     "model_type": "qwen2",
@@ -48,8 +49,8 @@ def test_a_right_recipe_is_prepared(tmp_path: Path) -> None:
     recipe = parse_recipe(settings(tmp_path, evaluation={"num_prompts": 10}), source="r.yaml")
     ingredients = prepare(recipe, 1, source="r.yaml")
     assert len(ingredients.train) == recipe.data.arithmetic.train_size
-    assert len(ingredients.held_out) == 10
-    assert not {p.text for p in ingredients.held_out} & {p.text for p in ingredients.train.prompts}
+    assert len(ingredients.evaluation) == 10
+    assert not {p.text for p in ingredients.evaluation} & {p.text for p in ingredients.train.prompts}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +221,6 @@ def test_a_run_folder_of_another_experiment(tmp_path: Path) -> None:
     assert "holds another experiment: optimizer.lr was 1e-06 there and is 0.5 here" in sentence
 
 
-def test_warm_start_needs_solutions_and_vllm_is_refused(tmp_path: Path) -> None:
-    assert "rollout.engine vllm" in refusal(tmp_path, rollout={"engine": "vllm"})
+def test_unknown_engines_and_missing_trackers_are_refused(tmp_path: Path) -> None:
+    assert "rollout.engine must be one of megatron, got 'vllm'" in refusal(tmp_path, rollout={"engine": "vllm"})
     assert "logging.wandb_project needs the package wandb" in refusal(tmp_path, logging={"wandb_project": "p"})

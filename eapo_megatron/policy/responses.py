@@ -1,0 +1,76 @@
+"""Sampled responses as ragged tensors, which travel between ranks and divide into batches without Python lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Responses:
+    """N responses on the CPU, the tokens of one behind those of another: M tokens in all."""
+
+    lengths: Tensor  # int64 [N]
+    tokens: Tensor  # int32 [M], the stop token among them
+    log_probs: Tensor  # float32 [M], the sampler's own, after temperature, top-k and top-p
+    finished: Tensor  # bool [N]: ended with a stop token, which is the last; else cut at the maximum length
+    versions: Tensor  # int64 [N], of the weights that the response was sampled from
+
+    @classmethod
+    def of_lists(
+        cls,
+        tokens: Sequence[Sequence[int]],
+        *,
+        log_probs: Sequence[Sequence[float]] | None = None,
+        finished: Sequence[bool] | None = None,
+        version: int = 0,
+    ) -> Responses:
+        """Responses given token by token; without `log_probs` these are 0, without `finished` all responses are."""
+        count = len(tokens)
+        flat = [token for response in tokens for token in response]
+        probs = [0.0] * len(flat) if log_probs is None else [p for response in log_probs for p in response]
+        return cls(
+            lengths=torch.tensor([len(response) for response in tokens], dtype=torch.int64),
+            tokens=torch.tensor(flat, dtype=torch.int32),
+            log_probs=torch.tensor(probs, dtype=torch.float32),
+            finished=torch.tensor([True] * count if finished is None else list(finished), dtype=torch.bool),
+            versions=torch.full((count,), version, dtype=torch.int64),
+        )
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Responses]) -> Responses:
+        """All responses of the parts, in their order."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    @classmethod
+    def gathered(cls, own: Responses, gather: Callable[[Tensor], list[Tensor]]) -> Responses:
+        """The responses of all ranks, where `gather` gives every rank's tensor."""
+        return cls(*(torch.cat(gather(getattr(own, field.name))) for field in fields(cls)))
+
+    def __len__(self) -> int:
+        return self.lengths.numel()
+
+    @property
+    def starts(self) -> Tensor:
+        """Where each response begins among the tokens, int64 [N]."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    def select(self, rows: Tensor) -> Responses:
+        """The responses of these rows (int64 [n], or bool [N]), in their order."""
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().squeeze(-1)
+        lengths = self.lengths[rows]
+        shift = self.starts[rows] - (lengths.cumsum(0) - lengths)
+        places = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
+        return Responses(lengths, self.tokens[places], self.log_probs[places], self.finished[rows], self.versions[rows])
+
+    def token_lists(self) -> list[list[int]]:
+        """The tokens of each response."""
+        return [tokens.tolist() for tokens in self.tokens.split(self.lengths.tolist())]
+
+    def log_prob_lists(self) -> list[list[float]]:
+        """The log-probs of each response."""
+        return [log_probs.tolist() for log_probs in self.log_probs.split(self.lengths.tolist())]

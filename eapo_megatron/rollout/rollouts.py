@@ -1,0 +1,201 @@
+"""Prompts to groups of responses with their rewards, the same on every rank, and DAPO's dynamic sampling.
+
+Each model replica samples and verifies its share of the prompts; all ranks get all groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from eapo_megatron.config import Recipe
+from eapo_megatron.data import Prompt, PromptSet, prompt_indices
+from eapo_megatron.policy.responses import Responses
+from eapo_megatron.policy.runtime import Runtime
+from eapo_megatron.rewards import RewardPool
+from eapo_megatron.rollout.engine import RolloutEngine, SamplingParams, response_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The responses to P prompts, N in all, group by group."""
+
+    prompts: list[Prompt]  # P
+    responses: Responses  # N
+    group_ids: Tensor  # int64 [N], ascending: the prompt of each response
+    rewards: Tensor  # float64 [N]; NaN: no verdict
+    reward_failures: int  # verifications that timed out or crashed
+
+    @property
+    def has_signal(self) -> Tensor:
+        """bool [P]: whether rewards differ; if not, every group-relative advantage is zero."""
+        judged = self.rewards.isfinite()
+        extremes = [
+            torch.full((len(self.prompts),), -torch.inf, dtype=torch.float64).scatter_reduce(
+                0, self.group_ids[judged], sign * self.rewards[judged], "amax"
+            )
+            for sign in (1, -1)
+        ]
+        return extremes[0] > -extremes[1]
+
+    def solve_rate(self, positive_threshold: float) -> float:
+        """The share of correct responses, whose reward is above the threshold, among those with a verdict."""
+        judged = int(self.rewards.isfinite().sum())
+        return int((self.rewards > positive_threshold).sum()) / max(judged, 1)
+
+    def groups(self, keep: Tensor) -> Rollouts:
+        """The groups marked in `keep` (bool [P])."""
+        rows = keep[self.group_ids]
+        number = keep.cumsum(0) - 1
+        return Rollouts(
+            [prompt for prompt, kept in zip(self.prompts, keep.tolist(), strict=True) if kept],
+            self.responses.select(rows),
+            number[self.group_ids[rows]],
+            self.rewards[rows],
+            self.reward_failures,
+        )
+
+    def first(self, count: int) -> Rollouts:
+        """The first groups."""
+        return self.groups(torch.arange(len(self.prompts)) < count)
+
+    def judged(self) -> Rollouts:
+        """The responses with a verdict, without the groups that have none."""
+        rows = self.rewards.isfinite()
+        left = Rollouts(
+            self.prompts,
+            self.responses.select(rows),
+            self.group_ids[rows],
+            self.rewards[rows],
+            self.reward_failures,
+        )
+        return left.groups(torch.bincount(left.group_ids, minlength=len(self.prompts)) > 0)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """All groups of the parts, in their order."""
+        shifts = [sum(len(part.prompts) for part in parts[:index]) for index in range(len(parts))]
+        return cls(
+            [prompt for part in parts for prompt in part.prompts],
+            Responses.concatenated([part.responses for part in parts]),
+            torch.cat([part.group_ids + shift for part, shift in zip(parts, shifts, strict=True)]),
+            torch.cat([part.rewards for part in parts]),
+            sum(part.reward_failures for part in parts),
+        )
+
+
+class Sampler:
+    """Samples from an engine and verifies with the recipe's reward; a context manager (it owns verifier processes)."""
+
+    def __init__(
+        self, engine: RolloutEngine, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.runtime = runtime
+        self._rollout = recipe.rollout
+        reward = recipe.reward
+        self._pool = (
+            RewardPool(num_workers=reward.num_workers, timeout_seconds=reward.timeout_seconds, reward=reward.function)
+            if runtime.is_replica_leader
+            else None
+        )
+
+    def __enter__(self) -> Sampler:
+        if self._pool is not None:
+            self._pool.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.__exit__(kind, error, traceback)
+
+    def sampling(self, *, temperature: float, top_p: float, top_k: int = 0) -> SamplingParams:
+        """The recipe's lengths and stop tokens at these settings."""
+        stops = {self.tokenizer.eos_token_id, *self._rollout.stop_token_ids}
+        return SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            max_response_tokens=self._rollout.max_response_tokens,
+            stop_token_ids=tuple(sorted(stops)),
+        )
+
+    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: SamplingParams) -> Rollouts:
+        """One group a prompt with one response a seed, the same on every rank."""
+        rank, size = self.runtime.data_parallel_rank, self.runtime.data_parallel_size
+        mine = range(rank, len(prompts), size)
+        own = self.engine.generate([prompts[p].token_ids for p in mine], [seeds[p] for p in mine], sampling)
+        verdicts = torch.zeros(len(own) + 1, dtype=torch.float64)  # rewards, and how many verifications failed
+        if self._pool is not None:
+            texts = [self.text(tokens) for tokens in own.token_lists()]
+            verdict = self._pool.score(texts, [prompts[p].answer for p in mine for _ in seeds[p]])
+            verdicts = torch.tensor([*verdict.rewards, verdict.timeouts + verdict.crashes], dtype=torch.float64)
+        verdicts = self.runtime.from_replica_leader(verdicts)
+        everything = Responses.gathered(own, self.runtime.gather_rows)
+        rewards = torch.cat(self.runtime.gather_rows(verdicts[:-1]))
+        failures = torch.cat(self.runtime.gather_rows(verdicts[-1:]))
+
+        # Replica r has the prompts r, r + size, ...: back to the order of the prompts.
+        dealt = [p for replica in range(size) for p in range(replica, len(prompts), size)]
+        answered = torch.tensor([p for p in dealt for _ in seeds[p]], dtype=torch.int64)
+        order = answered.argsort(stable=True)
+        return Rollouts(list(prompts), everything.select(order), answered[order], rewards[order], int(failures.sum()))
+
+    def text(self, tokens: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The groups of one step, and what was drawn to get them."""
+
+    groups: Rollouts  # to train on
+    drawn: list[Rollouts]  # of each round
+    position: int  # prompts drawn since the start of the run
+
+    def metrics(self, positive_threshold: float) -> dict[str, float]:
+        """The rounds, and solve rate and signal of all that was drawn, before any group is left out."""
+        everything = Rollouts.concatenated(self.drawn)
+        return {
+            "rollout/solve_rate": everything.solve_rate(positive_threshold),
+            "rollout/rounds": len(self.drawn),
+            "rollout/groups_without_signal": int((~everything.has_signal).sum()),
+            "rollout/reward_failures": everything.reward_failures,
+        }
+
+
+def collect(sampler: Sampler, prompts: PromptSet, recipe: Recipe, position: int) -> Collected:
+    """The groups of one step, from prompt `position` of the order of training on.
+
+    With several rounds groups without signal are drawn anew (DAPO's dynamic sampling, arXiv 2503.14476). Responses
+    without a verdict are left out.
+    """
+    rollout, wanted, rounds = (
+        recipe.rollout,
+        recipe.train.num_prompts_per_step,
+        recipe.algorithm.dynamic_sampling_rounds,
+    )
+    sampling = sampler.sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
+    drawn: list[Rollouts] = []
+    kept: list[Rollouts] = []
+    while len(drawn) < rounds and sum(len(part.prompts) for part in kept) < wanted:
+        order = prompt_indices(recipe.seed, position, wanted, len(prompts))
+        seeds = [
+            [response_seed(recipe.seed, "train", at, i) for i in range(rollout.num_generations_per_prompt)]
+            for at in range(position, position + wanted)
+        ]
+        drawn.append(sampler.sample([prompts[index] for index in order], seeds, sampling))
+        kept.append((drawn[-1].groups(drawn[-1].has_signal) if rounds > 1 else drawn[-1]).judged())
+        position += wanted
+    return Collected(Rollouts.concatenated(kept).first(wanted), drawn, position)
