@@ -34,6 +34,7 @@ from eapo_megatron.data import (
 )
 from eapo_megatron.models.families import family_of
 from eapo_megatron.models.huggingface import hf_config_of, weight_source
+from eapo_megatron.rewards import check_reward
 from eapo_megatron.training.records import check_trackers
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         check_layout(recipe.parallel, hf_config, world_size)
         check_lengths(recipe, hf_config)
         check_trackers(recipe.logging)
+        check_reward(recipe.reward.function)
         check_run_folder(recipe)
         tokenizer = _tokenizer(recipe)
         train, held_out, dropped = _prompts(recipe, tokenizer)
