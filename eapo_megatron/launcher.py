@@ -5,7 +5,6 @@ Under torchrun or srun nothing is started: the ranks are there already, named by
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -15,9 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from eapo_megatron.config import RecipeError
-from eapo_megatron.stopping import EXIT_INTERRUPTED, STOP_SIGNALS
-
-_PR_SET_PDEATHSIG = 1
+from eapo_megatron.stopping import EXIT_INTERRUPTED, STOP_SIGNALS, end_with_parent
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
@@ -59,7 +56,7 @@ def run_local_ranks(world_size: int, arguments: Sequence[str]) -> int:
             | dict(os.environ)
             | shared
             | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            preexec_fn=lambda: _end_with(parent),
+            preexec_fn=lambda: end_with_parent(parent),
         )
         for rank in range(world_size)
     ]
@@ -88,11 +85,3 @@ def _exit_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         if None not in codes:
             return max(code for code in codes if code is not None)
         time.sleep(0.05)
-
-
-def _end_with(parent: int) -> None:
-    """In a new process: die when the parent does (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)

@@ -1,15 +1,20 @@
-"""How a run is asked to stop early: SIGUSR1 or SIGTERM to any of its ranks, as schedulers send before the end.
+"""How a process ends early: a run that is asked to stop, and a child whose parent is gone.
 
-All ranks then finish their step, save a checkpoint and exit EXIT_INTERRUPTED; the same command goes on from there.
+SIGUSR1 or SIGTERM to any rank, as schedulers send before the end, asks the run to stop: all ranks then finish their
+step, save a checkpoint and exit EXIT_INTERRUPTED; the same command goes on from there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXIT_INTERRUPTED = os.EX_TEMPFAIL  # 75: nothing is wrong, start it again
+
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -22,3 +27,14 @@ class StopRequest:
 
     def _receive(self, *_: object) -> None:
         self.received = True
+
+
+def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """In a new process: the signal `by` comes when the thread of process `parent` that started this one ends (Linux).
+
+    Exits at once, with code 1, when the parent is gone already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+        if os.getppid() != parent:
+            os._exit(1)

@@ -36,6 +36,11 @@ def test_dry_run_prints_the_resolved_recipe() -> None:
         (["parallel.pipeline_model_parallel_size=2"], "does not divide the world of 2 ranks"),
         (["algorithm.shaping.alpha=2"], "alpha"),
         (["cluster.num_nodes=2"], "needs srun or torchrun"),
+        (["reward.function=chess"], "reward.function: reward must be one of ['math'] or"),
+        (["reward.function=no_such_module:function"], "reward.function: reward 'no_such_module:function' cannot be"),
+        (["reward.function=json:no_such_function"], "'json' has no attribute 'no_such_function'"),
+        (["reward.function=json.decoder:NaN"], "NaN is not callable"),
+        (["reward.function=shutil:disk_usage"], "it must take (response, answer), but disk_usage(path) does not"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[str], sentence: str) -> None:

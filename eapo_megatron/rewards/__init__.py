@@ -2,6 +2,6 @@
 
 from eapo_megatron.rewards.extraction import extract_answer
 from eapo_megatron.rewards.mathematics import math_reward
-from eapo_megatron.rewards.pool import RewardBatch, RewardPool
+from eapo_megatron.rewards.pool import RewardBatch, RewardPool, check_reward
 
-__all__ = ["RewardBatch", "RewardPool", "extract_answer", "math_reward"]
+__all__ = ["RewardBatch", "RewardPool", "check_reward", "extract_answer", "math_reward"]

@@ -1,15 +1,19 @@
 """Rewards computed by worker processes, with a time limit for each answer.
 
 Workers are plain interpreters started with `subprocess`, not `multiprocessing.Process`: nothing is forked from a
-process that holds threads or a CUDA context, and the caller's `__main__` is never imported again.
+process that holds threads or a CUDA context, and the caller's `__main__` is never imported again. Each stands under a
+guard of its own (`rewards.guard`), with which all that a reward function has started ends.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,8 +26,9 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Literal
 
+from eapo_megatron.rewards.guard import END
 from eapo_megatron.rewards.mathematics import INCORRECT
-from eapo_megatron.rewards.worker import Outcome
+from eapo_megatron.rewards.worker import REPORT_BYTES, Outcome, read_report
 from eapo_megatron.stopping import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -37,7 +42,11 @@ _MAX_CHUNK = 64
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Rewards in the order of the responses; `timeouts` and `crashes` count the -1s given for want of a verdict."""
+    """Rewards in the order of the responses; `timeouts` and `crashes` count the answers without a verdict.
+
+    Such an answer is wrong (-1) where the reward is "math", which it must not pay to bring down, and NaN where it is a
+    user's function, whose values mean what that function says.
+    """
 
     rewards: list[float]
     timeouts: int
@@ -49,17 +58,20 @@ _Event = Outcome | Literal["expired", "exited"]
 
 @dataclass
 class _Worker:
-    process: subprocess.Popen[bytes]
-    connection: Connection
+    process: subprocess.Popen[bytes]  # its guard
+    answers: Connection
+    reports: socket.socket
+    token: str  # on its reports, so that nothing else passes for one
     deadline: float
     ready: bool = False
+    num_reports: int = 0
     chunk: deque[int] = field(default_factory=deque)  # indices of the answers it has been given and not yet scored
 
     def kill(self) -> None:
-        # It leads a process group of its own: what the reward function started goes with it.
-        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.send_signal(END)
         self.process.wait()
-        self.connection.close()
+        self.answers.close()
+        self.reports.close()
 
 
 class RewardPool:
@@ -68,9 +80,11 @@ class RewardPool:
     reward: "math" (`math_reward`) or "package.module:function" with `function(response, answer) -> float`
     timeout_seconds: time for one answer; a worker that takes longer is killed and replaced
 
-    An answer that runs out of time scores -1 and counts as a timeout. One whose reward raises, is not a finite number
-    or takes the process down scores -1 and counts as a crash. All other answers are scored regardless. The workers
-    end with the process that entered the pool, and on Linux with the thread that did, even when it is killed.
+    An answer that runs out of time counts as a timeout; one whose reward raises, is no number of at most 1e6 in
+    magnitude (`worker.MAX_REWARD`) or takes the process down counts as a crash. Neither has a verdict (see
+    `RewardBatch`), and all other answers are scored regardless. What a reward function prints goes to stderr; what it
+    starts ends with its worker. The workers end with the process that entered the pool, and on Linux with the thread
+    that did, even when it is killed.
 
     Raises ValueError for settings out of range and, on entering, when the reward function cannot be loaded.
     """
@@ -85,6 +99,8 @@ class RewardPool:
         self._num_workers = num_workers
         self._timeout_seconds = timeout_seconds
         self._reward = REWARDS.get(reward, reward)
+        self._options: dict[str, Any] = {}
+        self._no_verdict = INCORRECT if reward in REWARDS else math.nan
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> RewardPool:
@@ -130,11 +146,11 @@ class RewardPool:
                     continue
                 index = worker.chunk.popleft()
                 reward, error = event if isinstance(event, Outcome) else (None, f"its worker {event}")
-                rewards[index] = INCORRECT if reward is None else reward
+                rewards[index] = self._no_verdict if reward is None else reward
                 if reward is None:
                     timeouts += event == "expired"
                     crashes += event != "expired"
-                    logger.warning("no reward for an answer to be compared with %r: %s", answers[index], error)
+                    logger.warning("no reward for an answer to be compared with %.200r: %s", answers[index], error)
                 if isinstance(event, Outcome):
                     worker.deadline = time.monotonic() + self._timeout_seconds
                 else:
@@ -143,48 +159,62 @@ class RewardPool:
 
     def _send(self, worker: _Worker, answers: list[tuple[str, Any]], queue: deque[int]) -> None:
         try:
-            worker.connection.send(answers)
+            worker.answers.send(answers)
         except (BrokenPipeError, ConnectionResetError):  # it exited while idle: none of these answers is to blame
             self._replace(worker, queue)
         worker.deadline = time.monotonic() + self._timeout_seconds
 
     def _events(self) -> Iterator[tuple[_Worker, _Event]]:
-        """What the workers report next: at least one event, after waiting no longer than to the first deadline."""
-        active = {worker.connection: worker for worker in self._workers if worker.chunk or not worker.ready}
+        """What the workers report next, after waiting no longer than to the first deadline."""
+        active = {worker.reports: worker for worker in self._workers if worker.chunk or not worker.ready}
         first_deadline = min(worker.deadline for worker in active.values())
-        for connection in wait(list(active), timeout=max(0.0, first_deadline - time.monotonic())):
-            worker = active.pop(connection)  # type: ignore[arg-type]
-            try:
-                event: _Event = worker.connection.recv()
-            except (EOFError, ConnectionResetError):
-                event = "exited"
-            yield worker, event
+        for reports in wait(list(active), timeout=max(0.0, first_deadline - time.monotonic())):
+            worker = active[reports]  # type: ignore[index]
+            event = _next_event(worker)
+            if event is not None:
+                del active[worker.reports]
+                yield worker, event
         for worker in active.values():
             if time.monotonic() >= worker.deadline:
                 yield worker, "expired"
 
     def _accept(self, worker: _Worker, event: _Event) -> None:
         """Take the first report of a starting worker."""
-        if not isinstance(event, Outcome):
-            raise RuntimeError(f"a reward worker {event} while it was starting; its own messages are on stderr")
-        if event.error is not None:
-            raise ValueError(f"reward {self._reward!r} cannot be loaded: {event.error}")
-        worker.ready = True
+        if event == "expired":
+            reason = f"that took longer than {_START_SECONDS:g} s"
+        elif event == "exited":
+            reason = "its process ended"
+        elif event.error is not None:
+            reason = event.error
+        else:
+            worker.ready = True
+            return
+        raise ValueError(f"reward {self._reward!r} cannot be loaded: {reason}")
 
     def _start_worker(self) -> None:
-        ours, theirs = Pipe()
+        their_answers, answers = Pipe(duplex=False)
+        reports, their_reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        descriptors = [their_answers.fileno(), their_reports.fileno()]
         # Schedulers signal every process of a job at its end: the last step's answers are still to be scored.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER_PROGRAM, str(theirs.fileno()), self._reward],
+            [
+                *(sys.executable, "-c", _WORKER_PROGRAM),
+                *map(str, [*descriptors, os.getpid()]),
+                *(self._reward, json.dumps(self._options)),
+            ],
             stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            stdout=2,
+            pass_fds=descriptors,
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        self._workers.append(_Worker(process, ours, deadline=time.monotonic() + _START_SECONDS))
+        token = secrets.token_hex()
+        answers.send(token)
+        their_answers.close()
+        their_reports.close()
+        self._workers.append(_Worker(process, answers, reports, token, deadline=time.monotonic() + _START_SECONDS))
 
     def _replace(self, worker: _Worker, queue: deque[int]) -> None:
         queue.extendleft(reversed(worker.chunk))
@@ -204,3 +234,32 @@ class RewardPool:
         except BaseException:
             self._kill_workers()
             raise
+
+
+def _next_event(worker: _Worker) -> _Event | None:
+    """The worker's next report; None for something else that its reward function wrote."""
+    try:
+        packet = worker.reports.recv(REPORT_BYTES)
+    except ConnectionResetError:
+        return "exited"
+    if not packet:
+        return "exited"
+    outcome = read_report(packet, worker.token, worker.num_reports)
+    worker.num_reports += outcome is not None
+    return outcome
+
+
+def check_reward(function: str) -> None:
+    """Whether a recipe's `reward.function` can be loaded, tried in a worker process of its own ("math" needs none).
+
+    Raises:
+        ValueError: one sentence naming `reward.function`: an import that fails, hangs or crashes; a name that is no
+            function of (response, answer).
+    """
+    if function in REWARDS:
+        return
+    try:
+        with RewardPool(num_workers=1, timeout_seconds=1.0, reward=function):
+            pass
+    except ValueError as error:
+        raise ValueError(f"reward.function: {error}") from error

@@ -35,6 +35,7 @@ from eapo_megatron.data import (
 )
 from eapo_megatron.policy.layout_checks import check_layout, check_lengths
 from eapo_megatron.records.trackers import check_trackers
+from eapo_megatron.rewards import check_reward
 from eapo_megatron.rollout.engine import check_engine
 from eapo_megatron.weights.huggingface import hf_config_of, weight_source
 
@@ -76,6 +77,7 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         check_layout(recipe.parallel, hf_config, world_size)
         check_lengths(recipe, hf_config)
         check_trackers(recipe.logging)
+        check_reward(recipe.reward.function)
         check_run_folder(recipe)
         tokenizer = _tokenizer(recipe)
         train, evaluation, dropped = _prompts(recipe, tokenizer)

@@ -30,3 +30,66 @@ def ends_a_child(response: str, answer: object) -> float:
 
 def process_id(response: str, answer: object) -> float:
     return float(os.getpid())
+
+
+def writes_everywhere(response: str, answer: object) -> float:
+    """Writes garbage on every descriptor it can reach, whole lines and reports of other answers too."""
+    print("garbage on stdout", flush=True)
+    for descriptor in range(3, 64):
+        for garbage in (b"\x00\x00\x00\x05garbage", b"[1, 99.0, null]", b'["", 1, 99.0, null]', b"x" * 9000):
+            try:
+                os.write(descriptor, garbage)
+            except OSError:
+                continue
+    return float(response)
+
+
+def floods(response: str, answer: object) -> float:
+    """Never answers, and writes on every descriptor but stdout and stderr all the while."""
+    descriptors = [descriptor for descriptor in range(3, 64) if os.path.exists(f"/proc/self/fd/{descriptor}")]
+    while response == "flood":
+        for descriptor in descriptors:
+            try:
+                os.write(descriptor, b"garbage")
+            except OSError:
+                continue
+    return float(response)
+
+
+def forks(response: str, answer: object) -> float:
+    """Returns twice: in the worker and in a fork of it."""
+    if os.fork() == 0:
+        return 99.0
+    return float(response)
+
+
+def daemonises(response: str, answer: object) -> float:
+    """The process id of a child that has left its session, and its parent, for good."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        daemon = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
+        os.write(writing, str(daemon.pid).encode())
+        os._exit(0)
+    pid = int(os.read(reading, 100))
+    if response == "die":
+        os._exit(3)
+    return float(pid)
+
+
+def daemonises_into(response: str, answer: object) -> float:
+    """Writes that process id into the file `answer`, then does what the response says."""
+    with open(str(answer), "w") as file:
+        file.write(str(int(daemonises("", ""))))
+    return obedient(response, answer)
+
+
+def fails_at_length(response: str, answer: object) -> float:
+    raise RuntimeError("line\n" * 1_000_000)
+
+
+def without_an_answer(response: str) -> float:
+    return 0.0
+
+
+NOT_A_FUNCTION = 1.0

@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import subprocess
@@ -5,9 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from eapo_megatron.rewards import RewardPool
+from eapo_megatron.rewards import RewardPool, check_reward
 from eapo_megatron.stopping import STOP_SIGNALS
 
 OBEDIENT = "reward_functions:obedient"
@@ -27,6 +29,13 @@ def commands_running() -> list[str]:
             except (ProcessLookupError, FileNotFoundError):  # it ended between the listing and the reading
                 continue
     return commands
+
+
+def assert_equal(rewards: list[float], expected: list[float]) -> None:
+    """NaN stands for no verdict."""
+    assert [None if math.isnan(value) else value for value in rewards] == [
+        None if math.isnan(value) else value for value in expected
+    ]
 
 
 def is_running(pid: int) -> bool:
@@ -51,12 +60,13 @@ def test_failures_are_contained_and_counted() -> None:
         responses[30] = "not a number"
         batch = pool.score(responses, [""] * 40)
         failed = {5, 6, 7, 8, 9, 30}
-        assert batch.rewards == [-1.0 if index in failed else float(index) for index in range(40)]
+        assert_equal(batch.rewards, [math.nan if index in failed else float(index) for index in range(40)])
         assert (batch.timeouts, batch.crashes) == (1, 5)
 
         pid = os.getpid()
         batch = pool.score(["1", "hang with a child", "2"], ["", f"child of {pid}", ""])
-        assert (batch.rewards, batch.timeouts, batch.crashes) == ([1.0, -1.0, 2.0], 1, 0)
+        assert_equal(batch.rewards, [1.0, math.nan, 2.0])
+        assert (batch.timeouts, batch.crashes) == (1, 0)
         assert not any(f"child of {pid}" in command for command in commands_running())
 
         assert pool.score([], []).rewards == []
@@ -72,6 +82,70 @@ def test_mathematics_with_an_answer_that_never_ends() -> None:
     with RewardPool(num_workers=1, timeout_seconds=2.0) as pool:
         batch = pool.score(responses, ["5"] * 5)
     assert (batch.rewards, batch.timeouts, batch.crashes) == ([1.0, -1.0, 1.0, -1.0, 1.0], 1, 0)
+
+
+def test_rewards_of_no_use_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with RewardPool(num_workers=1, timeout_seconds=5.0, reward=OBEDIENT) as pool:
+        batch = pool.score(["1e308", "-2e6", "inf", "1e6", "-1e6"], [""] * 5)
+    assert_equal(batch.rewards, [math.nan, math.nan, math.nan, 1e6, -1e6])
+    assert (batch.timeouts, batch.crashes) == (0, 3)
+    assert "the reward is 1e+308, beyond 1e+06 in magnitude" in caplog.text
+    assert "the reward is -2e+06, beyond 1e+06 in magnitude" in caplog.text
+    assert "the reward is inf, not a finite number" in caplog.text
+
+
+def test_a_long_error_is_one_short_line(caplog: pytest.LogCaptureFixture) -> None:
+    with RewardPool(num_workers=1, timeout_seconds=20.0, reward="reward_functions:fails_at_length") as pool:
+        batch = pool.score([""], ["long answer " * 100_000])
+    assert (batch.timeouts, batch.crashes) == (0, 1)
+    (record,) = caplog.records
+    assert "RuntimeError: line line" in record.getMessage()
+    assert len(record.getMessage()) < 600
+    assert "\n" not in record.getMessage()
+
+
+def test_garbage_on_inherited_descriptors_confuses_nobody(capfd: pytest.CaptureFixture[str]) -> None:
+    responses = [str(index) for index in range(12)]
+    with RewardPool(num_workers=2, timeout_seconds=20.0, reward="reward_functions:writes_everywhere") as pool:
+        batch = pool.score(responses, [""] * 12)
+        assert (batch.rewards, batch.timeouts, batch.crashes) == (list(range(12)), 0, 0)
+        assert pool.score(["12"], [""]).rewards == [12.0]
+    with RewardPool(num_workers=1, timeout_seconds=1.0, reward="reward_functions:floods") as pool:
+        batch = pool.score(["1", "flood", "2"], [""] * 3)
+        assert_equal(batch.rewards, [1.0, math.nan, 2.0])
+        assert (batch.timeouts, batch.crashes) == (1, 0)
+    with RewardPool(num_workers=1, timeout_seconds=20.0, reward="reward_functions:forks") as pool:
+        assert pool.score(responses, [""] * 12).rewards == list(range(12))
+    assert capfd.readouterr().out == ""
+
+
+def test_daemons_end_with_their_worker(tmp_path: Path) -> None:
+    with RewardPool(num_workers=1, timeout_seconds=20.0, reward="reward_functions:daemonises") as pool:
+        daemon = int(pool.score([""], [""]).rewards[0])
+        assert is_running(daemon)
+    assert not is_running(daemon)
+    for response in ("die", "hang"):
+        noted = tmp_path / response
+        with RewardPool(num_workers=1, timeout_seconds=3.0, reward="reward_functions:daemonises_into") as pool:
+            pool.score([response], [str(noted)])
+            assert not is_running(int(noted.read_text()))
+
+
+def test_daemons_end_with_a_pool_that_is_killed() -> None:
+    program = (
+        "from eapo_megatron.rewards import RewardPool\n"
+        "with RewardPool(num_workers=1, timeout_seconds=600, reward='reward_functions:daemonises') as pool:\n"
+        "    print(int(pool.score([''], ['']).rewards[0]), flush=True)\n"
+        "    import time; time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    daemon = int(parent.stdout.readline())
+    assert is_running(daemon)
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: not is_running(daemon))
 
 
 def test_worker_that_died_while_idle_is_replaced() -> None:
@@ -111,8 +185,8 @@ def test_killed_parent_leaves_no_worker_and_main_is_not_imported_again(tmp_path:
     assert parent.stdout is not None
     assert parent.stdout.readline() == "started\n"
     idle_worker = int(parent.stdout.readline())
-    workers = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
-    assert len(workers) == 2
+    workers = [process.pid for process in psutil.Process(parent.pid).children(recursive=True)]
+    assert len(workers) == 4  # each under a guard
     assert idle_worker in workers
     parent.kill()
     assert parent.communicate()[0] == ""  # a worker that imported __main__ would have printed too
@@ -133,8 +207,30 @@ def test_settings_out_of_range(settings: dict, message: str) -> None:
         RewardPool(**settings)
 
 
-@pytest.mark.parametrize("reward", ["no_such_module:function", "reward_functions:no_such_function"])
-def test_reward_that_cannot_be_loaded(reward: str) -> None:
-    pool = RewardPool(num_workers=1, timeout_seconds=1.0, reward=reward)
-    with pytest.raises(ValueError, match=f"reward '{reward}' cannot be loaded: .*no_such"):
-        pool.__enter__()
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [
+        ("no_such_module:function", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("reward_functions:no_such_function", "AttributeError: .*no_such_function"),
+        ("reward_functions:NOT_A_FUNCTION", "NOT_A_FUNCTION is not callable but float"),
+        (
+            "reward_functions:without_an_answer",
+            r"must take \(response, answer\), but without_an_answer\(response: str\)",
+        ),
+        ("reward_that_dies:function", "its process ended"),
+        ("reward_that_hangs:function", "that took longer than 3 s"),
+    ],
+)
+def test_reward_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, reward: str, reason: str) -> None:
+    if "hangs" in reward:
+        monkeypatch.setattr("eapo_megatron.rewards.pool._START_SECONDS", 3.0)
+    with pytest.raises(ValueError, match=f"reward.function: reward '{reward}' cannot be loaded: .*{reason}"):
+        check_reward(reward)
+
+
+def test_reward_that_can_be_loaded() -> None:
+    check_reward("math")
+    check_reward(OBEDIENT)
+    check_reward("operator:eq")  # written in C
+    with pytest.raises(ValueError, match=r"reward.function: reward must be one of \['math'\] or"):
+        check_reward("chess")

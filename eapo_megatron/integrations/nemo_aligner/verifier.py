@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +16,14 @@ from nemo_aligner.utils.server_utils import FutureResult
 from torch import Tensor
 
 from eapo_megatron.rewards import RewardPool
+from eapo_megatron.rewards.mathematics import INCORRECT
 
 
 class VerifierRewards:
-    """What the trainer asks as `rm`: `infer_rm(rollout_batch)` -> a future of float32 [B, 1], +1 or -1.
+    """What the trainer asks as `rm`: `infer_rm(rollout_batch)` -> a future of float32 [B, 1], the pool's rewards.
+
+    With the pool's "math" they are +1 or -1. An answer without a verdict (a user's function that crashed or ran out of
+    time) has the wrong reward, -1: NeMo-Aligner's groups know no other.
 
     The first rank of each model replica checks its responses in worker processes while generation goes on. A context
     manager: the workers live as long as its `with` block.
@@ -54,7 +59,8 @@ class VerifierRewards:
         ):
             texts.append(self._tokenizer.ids_to_text(tokens[start:end]))
             answers.append(self._answers[tuple(tokens[:start])])
-        return self._pool.score(texts, answers).rewards
+        rewards = self._pool.score(texts, answers).rewards
+        return [INCORRECT if math.isnan(reward) else reward for reward in rewards]
 
 
 class _Rewards(FutureResult):

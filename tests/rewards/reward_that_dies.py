@@ -1,0 +1,5 @@
+"""A module whose import takes the process down."""
+
+import os
+
+os._exit(3)
