@@ -14,8 +14,9 @@ from typing import Annotated, Literal
 import typer
 from omegaconf import OmegaConf
 
-from eapo_megatron.config import Recipe, RecipeError, load_recipe
+from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.launcher import rank_environment, run_local_ranks
+from eapo_megatron.recipe_files import load_recipe
 from eapo_megatron.slurm import job_folder, job_script, submit_job
 from eapo_megatron.stopping import StopRequest
 

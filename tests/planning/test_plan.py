@@ -12,13 +12,14 @@ from typing import get_args
 import pytest
 from rich.console import Console
 
-from eapo_megatron.config import GPUS, RecipeError, load_recipe
+from eapo_megatron.config import GPUS, RecipeError
 from eapo_megatron.models.families.public_configs import PUBLIC_CONFIGS
 from eapo_megatron.planning.gpus import GPU_MEMORY, usable_bytes
 from eapo_megatron.planning.memory import worst_rank
 from eapo_megatron.planning.plan import Plan, make_plan
 from eapo_megatron.planning.report import print_plan
 from eapo_megatron.planning.search import overrides_of
+from eapo_megatron.recipe_files import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DENSE = str(RECIPES / "eapo-qwen2.5-7b-1n8g-tp2.yaml")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from eapo_megatron.config import Parallel, RecipeError, parse_recipe
+from eapo_megatron.config import Parallel, RecipeError
+from eapo_megatron.recipe_files import parse_recipe
 from eapo_megatron.training.preflight import check_layout, prepare
 
 ARCHITECTURE = {
