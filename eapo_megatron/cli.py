@@ -1,4 +1,4 @@
-"""The command line: `eapo-megatron train | plan | submit RECIPE [key.path=value ...]`, `convert to-hf | from-hf`."""
+"""The command line: `eapo-megatron train | plan | submit RECIPE [key.path=value ...]`, `recipes`, `keys`, `convert`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -107,6 +108,22 @@ def submit(
     print(f"job {job}, log {job_folder(settings) / f'{job}.log'}")
 
 
+@app.command()
+def keys(
+    pattern: Annotated[str, typer.Argument(help="A part of the path or description, or a shell glob.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/keys.md.")] = False,
+) -> None:
+    """Prints the recipe's keys: path, type or choices, default, description; without a terminal, separated by tabs."""
+    from eapo_megatron.recipe_keys import keys_page, recipe_keys  # torch: seconds
+
+    if markdown:
+        if pattern:
+            raise RecipeError("--markdown prints every key: leave the pattern out")
+        print(keys_page(), end="")
+        return
+    _print_table(("key", "type", "default", "description"), [astuple(key) for key in recipe_keys(pattern)])
+
+
 @convert.command("to-hf")
 def convert_to_hf(
     source: Annotated[
@@ -138,6 +155,23 @@ def convert_from_hf(
 
     with _whole_or_nothing(out):
         from_hf(source, out, dtype=_dtype(dtype))
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on a terminal; elsewhere one line a row, its cells separated by tabs."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(row))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    console.print(table)
 
 
 def _dtype(name: str | None):  # type: ignore[no-untyped-def]

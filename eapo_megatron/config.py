@@ -180,7 +180,7 @@ class Rollout(Section):
     """Sampling from the current policy."""
 
     engine: Literal["megatron", "vllm"] = "megatron"
-    """What samples responses; megatron: the training policy itself."""
+    """What samples responses; megatron: the training policy itself; vllm: not available yet."""
     num_generations_per_prompt: int = Field(8, ge=1)
     """Responses to each prompt, the group of the group estimators."""
     max_response_tokens: int = Field(3072, ge=1)
@@ -206,6 +206,8 @@ class Reward(Section):
     """Verifier processes on each model replica."""
     timeout_seconds: float = Field(10.0, gt=0)
     """Seconds for one response; one that takes longer counts as wrong."""
+    positive_threshold: float | None = None
+    """Reward above which a response counts as correct; null: midway between the verifier's two values (0 for +1/-1)."""
 
 
 class Shaping(Section):
@@ -348,10 +350,10 @@ class Logging(Section):
 
 
 class Recipe(Section):
-    """A whole run."""
+    """One run: the top level of a recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run and its folder; default: the recipe file's."""
+    """Name of the run and of its folder; left out: the name of the recipe file."""
     seed: int = Field(1234, ge=0, lt=2**31)
     """Of random weights, the order of prompts and every sample."""
     cluster: Cluster = Cluster()

@@ -47,6 +47,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[s
     assert not list(tmp_path.iterdir())
 
 
+def test_keys_without_a_terminal_are_lines_of_four_cells() -> None:
+    done = run("keys", "rollout.top_*")
+    assert done.returncode == 0
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[:3] for row in rows] == [
+        ["rollout.top_p", "float > 0 and <= 1", "1.0"],
+        ["rollout.top_k", "int >= 0", "0"],
+    ]
+    assert all(row[3].endswith(".") for row in rows)
+    done = run("keys", "--markdown", "lr")
+    assert (done.returncode, done.stderr) == (2, "error: --markdown prints every key: leave the pattern out\n")
+
+
 def test_ranks_are_found_in_the_environment() -> None:
     assert rank_environment({}) is None
     assert rank_environment({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
