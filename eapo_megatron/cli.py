@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.launcher import rank_environment, run_local_ranks
-from eapo_megatron.recipe_files import load_recipe
+from eapo_megatron.recipe_files import built_in_recipes, copy_recipe, load_recipe
 from eapo_megatron.slurm import job_folder, job_script, submit_job
 from eapo_megatron.stopping import StopRequest
 
@@ -37,7 +37,7 @@ def cli() -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, such as recipes/NAME.yaml.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
@@ -64,7 +64,7 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, such as recipes/NAME.yaml.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
 ) -> None:
     """Prints a recipe's parameters, memory, work and communication, without a GPU or the weights.
@@ -84,7 +84,7 @@ def plan(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def submit(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, such as recipes/NAME.yaml.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
     arguments: Annotated[
         list[str] | None, typer.Argument(help="key.path=value, over the recipe; --name=value, an option of sbatch.")
     ] = None,
@@ -106,6 +106,22 @@ def submit(
         return
     job = submit_job(settings, script)
     print(f"job {job}, log {job_folder(settings) / f'{job}.log'}")
+
+
+@app.command()
+def recipes(
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="[DEST]", help="With --copy: the new file, or its folder; default: here.")
+    ] = None,
+    copy: Annotated[str | None, typer.Option("--copy", metavar="NAME", help="Copy this one, to edit it.")] = None,
+) -> None:
+    """Lists the built-in recipes, or copies one; a file that is there already is never overwritten."""
+    if copy is not None:
+        print(copy_recipe(copy, destination or Path()))
+    elif destination is not None:
+        raise RecipeError(f"{destination}: a destination goes with --copy NAME")
+    else:
+        _print_table(("recipe", "what it is"), built_in_recipes().items())
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Recipe files: one YAML file a run, inheriting a base, read into the typed settings of `config`.
 
-A recipe names its parent by `defaults: base.yaml` (relative to itself) and holds overrides only. Dotted overrides
-(`optimizer.lr=1e-6`) come last. Every error is one sentence that names the recipe and the key.
+A recipe names its parent by `defaults: base.yaml` and holds overrides only. Dotted overrides (`optimizer.lr=1e-6`)
+come last. Recipes are found by path, and the built-in ones by name. Every error is one sentence that names the recipe
+and the key.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from pydantic import ValidationError
 
 from eapo_megatron.config import Recipe, RecipeError
 
+BUILT_IN = Path(__file__).parent / "recipes"
 RENAMED = {"data.layout": "data.format"}  # keys of older recipes: their names of today
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe with its parents and dotted overrides.
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, found by `find_recipe`, with its parents and dotted overrides.
 
     Raises:
         RecipeError: one sentence naming the file and the key.
     """
-    path = Path(path)
+    path = find_recipe(recipe)
     settings = _read_with_parents(path, seen=())
     for override in overrides:
         if "=" not in override or override.startswith("="):
@@ -41,6 +43,49 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     assert isinstance(container, dict)
     container.setdefault("name", path.stem)
     return parse_recipe({str(key): value for key, value in container.items()}, source=str(path))
+
+
+def find_recipe(name: str | Path, *, folder: Path = Path(), what: str = "recipe") -> Path:
+    """A recipe's file: by its path from `folder`, or a built-in recipe by its name; with or without .yaml.
+
+    Raises:
+        RecipeError: when there is neither; with names that are close. It begins with `what`.
+    """
+    file = str(name).removesuffix(".yaml") + ".yaml"
+    places = [folder / name, folder / file]
+    if Path(file).name == file:
+        places.append(BUILT_IN / file)
+    for path in places:
+        if path.is_file():
+            return path
+    stem, known = Path(file).name.removesuffix(".yaml"), list(built_in_recipes())
+    close = [known_name for known_name in known if stem in known_name] or difflib.get_close_matches(stem, known)
+    hint = f" (did you mean {' or '.join(close[:3])}?)" if close else ": `eapo-megatron recipes` lists these"
+    raise RecipeError(f"{what} {name} is neither a file nor a built-in recipe{hint}")
+
+
+def built_in_recipes() -> dict[str, str]:
+    """What each built-in recipe is, by its name: its file's first line."""
+    return {
+        path.name.removesuffix(".yaml"): path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        for path in sorted(BUILT_IN.glob("*.yaml"))
+    }
+
+
+def copy_recipe(name: str, destination: Path) -> Path:
+    """Copies a built-in recipe to a new file, or into a folder under its own name -> the file.
+
+    Raises:
+        RecipeError: when there is no such recipe, or the file is there already or cannot be written.
+    """
+    source = find_recipe(name, folder=BUILT_IN)
+    path = destination / source.name if destination.is_dir() else destination
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {name} is not copied to {path}: {error.strerror}") from error
+    return path
 
 
 def parse_recipe(settings: dict[str, Any], *, source: str) -> Recipe:
@@ -82,8 +127,6 @@ def rename_keys(settings: Any, renamed: Mapping[str, str], *, source: str) -> An
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> Any:
     if path.resolve() in seen:
         raise RecipeError(f"{path}: defaults form a circle")
-    if not path.is_file():
-        raise RecipeError(f"recipe {path} does not exist")
     try:
         settings = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -96,7 +139,8 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> Any:
         return settings
     if not isinstance(parent, str):
         raise RecipeError(f"{path}: defaults must name one parent recipe")
-    return OmegaConf.merge(_read_with_parents(path.parent / parent, (*seen, path.resolve())), settings)
+    parent_path = find_recipe(parent, folder=path.parent, what=f"{path}: defaults")
+    return OmegaConf.merge(_read_with_parents(parent_path, (*seen, path.resolve())), settings)
 
 
 def _first_problem(error: ValidationError) -> str:

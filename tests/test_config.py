@@ -72,7 +72,7 @@ def test_a_wrong_setting_is_one_sentence_naming_the_key(recipe: Path, override: 
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"absent\.yaml does not exist"):
+    with pytest.raises(RecipeError, match=r"absent\.yaml is neither a file nor a built-in recipe"):
         load_recipe(tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(RecipeError, match=r"broken\.yaml: not valid YAML"):
