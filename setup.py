@@ -28,7 +28,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["eapo_megatron", "eapo_megatron.*"]),
-    package_data={"eapo_megatron": ["py.typed", "launch/*.sh", "launch/slurm/*.sbatch"]},
+    package_data={"eapo_megatron": ["py.typed", "launch/*.sh", "launch/slurm/*.sbatch", "recipes/*.yaml"]},
     install_requires=["torch>=2.6"],
     extras_require={
         "train": TRAIN,

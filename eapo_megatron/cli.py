@@ -1,4 +1,4 @@
-"""The command line: `eapo-megatron train | plan | submit RECIPE [key.path=value ...]`, `convert to-hf | from-hf`."""
+"""The command line: `eapo-megatron train | plan | submit RECIPE [key.path=value ...]`, `recipes`, `keys`, `convert`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from omegaconf import OmegaConf
 
-from eapo_megatron.config import Recipe, RecipeError, load_recipe
+from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.launcher import rank_environment, run_local_ranks
+from eapo_megatron.recipe_files import built_in_recipes, copy_recipe, load_recipe
 from eapo_megatron.slurm import job_folder, job_script, submit_job
 from eapo_megatron.stopping import StopRequest
 
@@ -35,7 +37,7 @@ def cli() -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, such as recipes/NAME.yaml.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
@@ -62,7 +64,7 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, such as recipes/NAME.yaml.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
 ) -> None:
     """Prints a recipe's parameters, memory, work and communication, without a GPU or the weights.
@@ -82,7 +84,7 @@ def plan(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def submit(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, such as recipes/NAME.yaml.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
     arguments: Annotated[
         list[str] | None, typer.Argument(help="key.path=value, over the recipe; --name=value, an option of sbatch.")
     ] = None,
@@ -104,6 +106,38 @@ def submit(
         return
     job = submit_job(settings, script)
     print(f"job {job}, log {job_folder(settings) / f'{job}.log'}")
+
+
+@app.command()
+def recipes(
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="[DEST]", help="With --copy: the new file, or its folder; default: here.")
+    ] = None,
+    copy: Annotated[str | None, typer.Option("--copy", metavar="NAME", help="Copy this one, to edit it.")] = None,
+) -> None:
+    """Lists the built-in recipes, or copies one; a file that is there already is never overwritten."""
+    if copy is not None:
+        print(copy_recipe(copy, destination or Path()))
+    elif destination is not None:
+        raise RecipeError(f"{destination}: a destination goes with --copy NAME")
+    else:
+        _print_table(("recipe", "what it is"), built_in_recipes().items())
+
+
+@app.command()
+def keys(
+    pattern: Annotated[str, typer.Argument(help="A part of the path or description, or a shell glob.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/keys.md.")] = False,
+) -> None:
+    """Prints the recipe's keys: path, type or choices, default, description; without a terminal, separated by tabs."""
+    from eapo_megatron.recipe_keys import keys_page, recipe_keys  # torch: seconds
+
+    if markdown:
+        if pattern:
+            raise RecipeError("--markdown prints every key: leave the pattern out")
+        print(keys_page(), end="")
+        return
+    _print_table(("key", "type", "default", "description"), [astuple(key) for key in recipe_keys(pattern)])
 
 
 @convert.command("to-hf")
@@ -137,6 +171,23 @@ def convert_from_hf(
 
     with _whole_or_nothing(out):
         from_hf(source, out, dtype=_dtype(dtype))
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on a terminal; elsewhere one line a row, its cells separated by tabs."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(row))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    console.print(table)
 
 
 def _dtype(name: str | None):  # type: ignore[no-untyped-def]

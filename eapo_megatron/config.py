@@ -1,22 +1,16 @@
-"""The recipe: one YAML file a run, inheriting a base, as typed and validated settings.
+"""The recipe's keys: what each one means, its type and default, and which values go together.
 
-A recipe names its parent by `defaults: base.yaml` (relative to itself) and holds overrides only. Dotted overrides
-(`optimizer.lr=1e-6`) come last. Every error is one sentence that names the recipe and the key.
+The text under a field is its description: `eapo-megatron keys` and docs/keys.md print it. `recipe_files` reads recipes.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 GPUS = Literal["a100-40gb", "a100-80gb", "a800-80gb", "h100-80gb", "h800-80gb", "h200-141gb", "b200-180gb", "l40s-48gb"]
 GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")
@@ -29,17 +23,22 @@ class RecipeError(ValueError):
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are never changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Cluster(Section):
     """Where the run goes: ranks = num_nodes x gpus_per_node (on CPU: processes a node)."""
 
     num_nodes: int = Field(1, ge=1)
+    """Machines in the run."""
     gpus_per_node: int = Field(1, ge=1)
+    """Ranks on each node; on CPU, processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    gpu: GPUS | None = None  # whose memory `plan` judges by
-    timeout_minutes: float = Field(30.0, gt=0)  # of any collective: a hung run ends, its checkpoints intact
+    """Where the ranks compute; auto: on the GPUs that PyTorch sees, else on the CPU."""
+    gpu: GPUS | None = None
+    """The GPU whose memory `plan` judges by; null: no verdict."""
+    timeout_minutes: float = Field(30.0, gt=0)
+    """Minutes that a collective may wait for a rank; then the run ends, its checkpoints intact."""
 
     @property
     def world_size(self) -> int:
@@ -49,21 +48,27 @@ class Cluster(Section):
 class Head(Section):
     """How log-probs and entropies come from the last hidden states (`vocab_parallel.linear_log_probs_and_entropy`)."""
 
-    backend: Literal["tiles", "triton", "logits"] | None = None  # default: triton on NVIDIA GPUs, tiles elsewhere
-    grad_filter: float = Field(0.0, ge=0, lt=1)  # softmax mass of a token that backward may leave out
+    backend: Literal["tiles", "triton", "logits"] | None = None
+    """triton and tiles never hold logits, logits does; null: triton on NVIDIA GPUs, tiles elsewhere."""
+    grad_filter: float = Field(0.0, ge=0, lt=1)
+    """Softmax mass of a token (a fraction) that the head's backward may leave out; 0: exact."""
 
 
 class Model(Section):
     """A Hugging Face folder (`path`), or random weights for an `architecture` given by config.json's keys."""
 
     path: str | None = None
+    """Hugging Face folder with config.json, weights and tokenizer; null: `architecture` is given instead."""
     architecture: dict[str, Any] | None = None
-    checkpoint: str | None = (
-        None  # weights to start from instead: a torch_dist checkpoint of Megatron-LM, NeMo 2 or a run
-    )
-    tokenizer: str | None = None  # a folder; default: `path`, or the built-in task's own
+    """Keys of a config.json for a model with random weights; null: `path` is given instead."""
+    checkpoint: str | None = None
+    """torch_dist checkpoint of Megatron-LM, NeMo 2 or a run to start from; null: the weights of `path`, or random."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; null: `path`, or the tokenizer of the built-in task."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations; bfloat16 keeps float32 master weights in the optimizer."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward to save memory: none, those of attention's core, or every layer's."""
     head: Head = Head()
 
     @model_validator(mode="after")
@@ -77,15 +82,25 @@ class Parallel(Section):
     """Megatron's layout; data parallelism is what remains of the world, and `data_parallel_size` only asserts it."""
 
     tensor_model_parallel_size: int = Field(1, ge=1)
+    """Ranks that share each layer's weights."""
     pipeline_model_parallel_size: int = Field(1, ge=1)
+    """Pipeline stages, each with its part of the layers."""
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
+    """Chunks of layers on each stage, interleaved; null: one."""
     num_layers_in_first_pipeline_stage: int | None = Field(None, ge=1)
+    """Layers of the first stage; null: an even share."""
     num_layers_in_last_pipeline_stage: int | None = Field(None, ge=1)
+    """Layers of the last stage; null: an even share."""
     sequence_parallel: bool = False
-    expert_model_parallel_size: int = Field(1, ge=1)  # over tensor- and data-parallel ranks of a stage
-    expert_tensor_parallel_size: int | None = Field(None, ge=1)  # default: tensor_model_parallel_size
+    """Splits activations outside tensor-parallel layers over the tensor-parallel ranks, by tokens."""
+    expert_model_parallel_size: int = Field(1, ge=1)
+    """Parts that the experts of a layer are split into, over tensor- and data-parallel ranks of a stage."""
+    expert_tensor_parallel_size: int | None = Field(None, ge=1)
+    """Ranks that share each expert's weights; null: as tensor_model_parallel_size."""
     data_parallel_size: int | None = Field(None, ge=1)
+    """Model replicas; only checked against what remains of the world; null: not checked."""
     use_distributed_optimizer: bool = False
+    """Splits optimizer state over the data-parallel ranks."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
@@ -116,26 +131,41 @@ class Arithmetic(Section):
     """The built-in task: sums of `num_terms` numbers of 1 to `max_term`."""
 
     train_size: int = Field(4096, ge=1)
+    """Sums to train on."""
     held_out_size: int = Field(256, ge=1)
+    """Sums to evaluate on; none is a training sum, in any order of its terms."""
     num_terms: list[int] = [3, 4]
+    """Numbers of terms, each at least 2; the sums take turns among them."""
     max_term: int = Field(20, ge=1)
+    """Largest term; the smallest is 1."""
 
 
 class Data(Section):
     """Prompts and answers: the built-in arithmetic `task`, or files read through a field mapping."""
 
     task: Literal["arithmetic"] | None = None
+    """The built-in task; null: `train_path` is given instead."""
     arithmetic: Arithmetic = Arithmetic()
     train_path: str | None = None
+    """Training prompts, a .json, .jsonl or .parquet file; null: `task` is given instead."""
     validation_path: str | None = None
-    layout: Literal["math", "gsm8k"] = "math"
-    prompt_field: str | None = None  # over the layout's own
+    """Held-out prompts, in the same format; null: none, and no evaluation."""
+    format: Literal["math", "gsm8k"] = "math"
+    """Fields of a record; math: problem, answer; gsm8k: question, answer (a solution that ends in #### RESULT)."""
+    prompt_field: str | None = None
+    """Field with the problem; null: the format's own."""
     answer_field: str | None = None
+    """Field with the reference answer; null: the format's own."""
     solution_field: str | None = None
-    template: str = "chat"  # "chat", or a plain format string with {prompt}
+    """Field with a written solution, for the warm start; null: the format's own."""
+    template: str = "chat"
+    """chat: the tokenizer's chat template; anything else is text in which {prompt} stands for the problem."""
     system_prompt: str | None = None
+    """System message of the chat template; null: the template's own, if any."""
     suffix: str = ""
+    """Text behind every problem."""
     max_prompt_tokens: int = Field(1024, ge=1)
+    """Longest prompt in tokens; longer ones are dropped and counted."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -149,23 +179,35 @@ class Data(Section):
 class Rollout(Section):
     """Sampling from the current policy."""
 
-    engine: Literal["megatron", "vllm"] = "megatron"
+    engine: str = "megatron"
+    """What samples responses; megatron: the training policy itself; vllm: not available yet."""
     num_generations_per_prompt: int = Field(8, ge=1)
+    """Responses to each prompt, the group of the group estimators."""
     max_response_tokens: int = Field(3072, ge=1)
+    """Longest response in tokens; longer ones are cut."""
     temperature: float = Field(1.0, gt=0)
+    """Divides the logits before sampling; log-probs and entropies of training are at the same temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # 0: off
-    stop_token_ids: list[int] = []  # beside the tokenizer's end of sequence
-    max_batch_size: int = Field(256, ge=1)  # responses decoded together on one model replica
+    """Samples from the most probable tokens of this total probability; 1: from all."""
+    top_k: int = Field(0, ge=0)
+    """Samples from this many most probable tokens; 0: from all."""
+    stop_token_ids: list[int] = []
+    """Token ids that end a response, beside the tokenizer's end of sequence."""
+    max_batch_size: int = Field(256, ge=1)
+    """Responses decoded together on one model replica; less needs less memory."""
 
 
 class Reward(Section):
     """`math` (math-verify), or a dotted path `package.module:function` of (response, answer) -> float."""
 
     function: str = "math"
-    num_workers: int = Field(4, ge=1)  # processes on each model replica
+    """math (math-verify), or package.module:function of (response, answer) that returns a number."""
+    num_workers: int = Field(4, ge=1)
+    """Verifier processes on each model replica."""
     timeout_seconds: float = Field(10.0, gt=0)
-    positive_threshold: float = 0.0  # a reward above it is that of a correct response
+    """Seconds for one response; one that takes longer counts as wrong, or has no verdict from a function of yours."""
+    positive_threshold: float = 0.0
+    """Reward above which a response counts as correct; 0 separates +1 from -1, and 1 from 0."""
 
 
 class Shaping(Section):
@@ -203,17 +245,29 @@ class Optimizer(Section):
     """Megatron's optimizer and schedule, in optimizer steps."""
 
     name: Literal["adam", "sgd"] = "adam"
+    """adam is AdamW: weight decay is decoupled."""
     lr: float = Field(1e-6, gt=0)
+    """Highest learning rate."""
     min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
     lr_warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
     lr_decay_steps: int | None = Field(None, ge=1)
+    """Optimizer steps, the warm-up's among them, until min_lr; null: only with constant."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of Adam's average of gradients, per optimizer step."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of Adam's average of squared gradients, per optimizer step."""
     adam_eps: float = Field(1e-8, gt=0)
+    """Added to the denominator of Adam's update."""
     sgd_momentum: float = Field(0.0, ge=0, lt=1)
+    """Momentum of sgd, per optimizer step."""
     weight_decay: float = Field(0.01, ge=0)
-    clip_grad: float = Field(1.0, ge=0)  # 0: off
+    """Weight decay, times the learning rate, of all weights but norms and biases."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest norm of the gradient over all weights; 0: no clipping."""
 
     @model_validator(mode="after")
     def _schedule(self) -> Optimizer:
@@ -230,54 +284,78 @@ class Train(Section):
     """One step: prompts are sampled, answered and scored, then trained on in mini-batches (optimizer steps)."""
 
     steps: int = Field(100, ge=0)
+    """Steps of the run; each samples once and trains on what was sampled."""
     num_prompts_per_step: int = Field(64, ge=1)
+    """Prompts sampled in each step, over all ranks."""
     mini_batch_prompts: int = Field(32, ge=1)
-    micro_batch_size: int = Field(1, ge=1)  # responses on one model replica
-    max_skipped_in_a_row: int = Field(3, ge=1)  # updates with NaN or Inf before the run stops
+    """Prompts of one optimizer step, with all their responses, over all ranks."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Responses in one forward and backward on one model replica."""
+    max_skipped_in_a_row: int = Field(3, ge=1)
+    """Updates in a row with NaN or Inf after which the run stops."""
 
 
 class WarmStart(Section):
     """A short supervised phase on written solutions before the reinforcement learning; 0 steps: none."""
 
     steps: int = Field(0, ge=0)
+    """Optimizer steps on written solutions; 0: no warm start."""
     batch_size: int = Field(64, ge=1)
+    """Solutions in one optimizer step, over all ranks."""
     lr: float = Field(1e-3, gt=0)
+    """Highest learning rate; it decays by a cosine to 0."""
     lr_warmup_steps: int = Field(10, ge=0)
+    """Optimizer steps of linear warm-up."""
 
 
 class Evaluation(Section):
     """Solve rate on held-out prompts, every `every` steps (0: only at the start and the end)."""
 
     every: int = Field(0, ge=0)
-    num_prompts: int | None = Field(None, ge=1)  # default: all
+    """Steps between evaluations; 0: only at the start and the end."""
+    num_prompts: int | None = Field(None, ge=1)
+    """Held-out prompts, the first ones of the file; null: all."""
     num_generations_per_prompt: int = Field(1, ge=1)
+    """Responses to each held-out prompt."""
     temperature: float = Field(0.6, gt=0)
+    """Divides the logits before sampling."""
     top_p: float = Field(0.95, gt=0, le=1)
+    """Samples from the most probable tokens of this total probability; 1: from all."""
 
 
 class Checkpoint(Section):
     """Every `every` steps (0: only at the end); the last n and the best by evaluation are kept."""
 
     every: int = Field(10, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
     keep_last: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
     keep_best: int = Field(1, ge=0)
+    """Checkpoints with the best held-out solve rate to keep, however old."""
 
 
 class Logging(Section):
     """runs/NAME/metrics.jsonl and TensorBoard; W&B or MLflow when a project or experiment is named."""
 
     run_dir: str = "runs"
+    """Folder of the runs; this one's is run_dir/name."""
     tensorboard: bool = True
+    """Whether to write scalars for TensorBoard."""
     wandb_project: str | None = None
+    """Weights & Biases project to log to; null: none."""
     mlflow_experiment: str | None = None
+    """MLflow experiment to log to; null: none."""
     samples_per_step: int = Field(4, ge=0)
+    """Responses of each step that are written to samples.jsonl."""
 
 
 class Recipe(Section):
-    """A whole run."""
+    """One run: the top level of a recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder; left out: the name of the recipe file."""
     seed: int = Field(1234, ge=0, lt=2**31)
+    """Of random weights, the order of prompts and every sample."""
     cluster: Cluster = Cluster()
     model: Model
     parallel: Parallel = Parallel()
@@ -333,81 +411,6 @@ class Recipe(Section):
         return settings
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe with its parents and dotted overrides.
-
-    Raises:
-        RecipeError: one sentence naming the file and the key.
-    """
-    path = Path(path)
-    settings = _read_with_parents(path, seen=())
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise RecipeError(f"override {override!r} is not of the form key.path=value")
-    try:
-        merged = OmegaConf.merge(settings, OmegaConf.from_dotlist(list(overrides)))
-        container = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: {_first_line(error)}") from error
-    assert isinstance(container, dict)
-    container.setdefault("name", path.stem)
-    return parse_recipe({str(key): value for key, value in container.items()}, source=str(path))
-
-
-def parse_recipe(settings: dict[str, Any], *, source: str) -> Recipe:
-    """Validates settings read from `source` (named in errors).
-
-    Raises:
-        RecipeError: one sentence naming the source and the first wrong key.
-    """
-    try:
-        return Recipe.model_validate(settings)
-    except ValidationError as error:
-        raise RecipeError(f"{source}: {_first_problem(error)}") from error
-
-
 def fingerprint(value: Any) -> str:
     """A short digest of JSON-like settings."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> Any:
-    if path.resolve() in seen:
-        raise RecipeError(f"{path}: defaults form a circle")
-    if not path.is_file():
-        raise RecipeError(f"recipe {path} does not exist")
-    try:
-        settings = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {_first_line(error)}") from error
-    if not isinstance(settings, DictConfig):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
-    parent = settings.pop("defaults", None)
-    if parent is None:
-        return settings
-    if not isinstance(parent, str):
-        raise RecipeError(f"{path}: defaults must name one parent recipe")
-    return OmegaConf.merge(_read_with_parents(path.parent / parent, (*seen, path.resolve())), settings)
-
-
-def _first_problem(error: ValidationError) -> str:
-    """pydantic's first error as `key: what is wrong`."""
-    problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation
-        close = difflib.get_close_matches(location[-1], section.model_fields, n=1)
-        return f"{key}: unknown key" + (f" (did you mean {close[0]}?)" if close else "")
-    if problem["type"] == "missing":
-        return f"{key}: missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,7 @@ set -euo pipefail
 python=${PYTHON:-python3}
 read -r nodes ranks < <("$python" -c '
 import sys
-from eapo_megatron.config import load_recipe
+from eapo_megatron.recipe_files import load_recipe
 cluster = load_recipe(sys.argv[1], sys.argv[2:]).cluster
 print(cluster.num_nodes, cluster.gpus_per_node)
 ' "$@")

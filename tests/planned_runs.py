@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from eapo_megatron.config import Recipe, parse_recipe
+from eapo_megatron.config import Recipe
 from eapo_megatron.planning.layout import Layout
 from eapo_megatron.planning.shape import model_shape
+from eapo_megatron.recipe_files import parse_recipe
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 56, 72
 

@@ -15,10 +15,9 @@ from eapo_megatron.launcher import rank_environment
 FIRST_RECIPE = Path(__file__).parents[1] / "recipes" / "eapo-qwen2-tiny-arithmetic-1n2g-tp2.yaml"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "eapo_megatron.cli", *arguments], capture_output=True, text=True, check=False
-    )
+def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "eapo_megatron.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def test_dry_run_prints_the_resolved_recipe() -> None:
@@ -50,6 +49,37 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[s
     assert line.startswith("error: ")
     assert sentence in line
     assert not list(tmp_path.iterdir())
+
+
+def test_built_in_recipes_work_by_name_in_any_folder(tmp_path: Path) -> None:
+    name = FIRST_RECIPE.stem
+    done = run("train", name, "--dry-run", folder=tmp_path)
+    assert done.returncode == 0
+    assert yaml.safe_load(done.stdout)["name"] == name
+    script = run("submit", name, "--dry-run", folder=tmp_path).stdout
+    assert f"\nset -- {name}\n" in script  # a name is the same on every node
+    listed = dict(line.split("\t") for line in run("recipes").stdout.splitlines())
+    assert listed[name].startswith("The first run")
+    done = run("recipes", "--copy", name, "mine.yaml", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "mine.yaml\n")
+    assert run("train", "mine", "--dry-run", "seed=3", folder=tmp_path).returncode == 0
+    done = run("recipes", "--copy", name, "mine.yaml", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"error: recipe {name} is not copied to mine.yaml: File exists\n")
+    done = run("recipes", "mine.yaml", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: mine.yaml: a destination goes with --copy NAME\n")
+
+
+def test_keys_without_a_terminal_are_lines_of_four_cells() -> None:
+    done = run("keys", "rollout.top_*")
+    assert done.returncode == 0
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[:3] for row in rows] == [
+        ["rollout.top_p", "float > 0 and <= 1", "1.0"],
+        ["rollout.top_k", "int >= 0", "0"],
+    ]
+    assert all(row[3].endswith(".") for row in rows)
+    done = run("keys", "--markdown", "lr")
+    assert (done.returncode, done.stderr) == (2, "error: --markdown prints every key: leave the pattern out\n")
 
 
 def test_ranks_are_found_in_the_environment() -> None:

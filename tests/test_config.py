@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from eapo_megatron.config import RecipeError, load_recipe
+from eapo_megatron.config import Algorithm, Loss, Recipe, RecipeError, Section, Shaping
+from eapo_megatron.recipe_files import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -70,7 +72,7 @@ def test_a_wrong_setting_is_one_sentence_naming_the_key(recipe: Path, override: 
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"absent\.yaml does not exist"):
+    with pytest.raises(RecipeError, match=r"absent\.yaml is neither a file nor a built-in recipe"):
         load_recipe(tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(RecipeError, match=r"broken\.yaml: not valid YAML"):
@@ -99,6 +101,41 @@ def test_what_defines_the_experiment(recipe: Path) -> None:
     assert experiment(*free) == experiment()
     for override in ("optimizer.lr=4e-5", "seed=2", "algorithm.shaping.name=none", "rollout.temperature=0.9"):
         assert experiment(override) != experiment()
+
+
+def test_an_old_key_is_read_under_its_new_name(recipe: Path) -> None:
+    assert load_recipe(recipe).data.format == "math"
+    assert load_recipe(recipe, ["data.layout=gsm8k"]).data.format == "gsm8k"
+    parent = recipe.with_name("base.yaml")
+    parent.write_text(parent.read_text().replace("{task: arithmetic}", "{task: arithmetic, format: math}"))
+    recipe.write_text("defaults: base.yaml\ndata: {layout: gsm8k}\n")
+    assert load_recipe(recipe).data.format == "gsm8k"  # a child's old name is over its parent's new one
+    assert load_recipe(recipe, ["data.format=math"]).data.format == "math"
+    with pytest.raises(RecipeError, match=r"child\.yaml: data\.format: input should be 'math' or 'gsm8k', got 'csv'"):
+        load_recipe(recipe, ["data.layout=csv"])
+    with pytest.raises(RecipeError, match=r"data\.layout is the old name of data\.format: give data\.format alone"):
+        load_recipe(recipe, ["data.layout=gsm8k", "data.format=math"])
+
+
+def sections(section: type[Section] = Recipe) -> Iterator[type[Section]]:
+    yield section
+    for field in section.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from sections(field.annotation)
+
+
+DESCRIBED = [section for section in sections() if section not in (Algorithm, Shaping, Loss)]
+
+
+@pytest.mark.parametrize("section", DESCRIBED, ids=lambda section: section.__name__)
+def test_every_key_has_a_description(section: type[Section]) -> None:
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            continue  # described by its class
+        assert field.description, f"{section.__name__}.{name} has no description under it"
+        assert field.description.endswith(".")
+        assert "\n" not in field.description
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*-*.yaml")), ids=lambda path: path.stem)

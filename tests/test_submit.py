@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eapo_megatron.config import Recipe, RecipeError, load_recipe
+from eapo_megatron.config import Recipe, RecipeError
+from eapo_megatron.recipe_files import load_recipe
 from eapo_megatron.slurm import job_folder, job_script, submit_job
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "eapo-qwen2-tiny-arithmetic-1n2g-tp2.yaml"

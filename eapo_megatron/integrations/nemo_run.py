@@ -18,7 +18,8 @@ from typing import Any
 
 import nemo_run as run
 
-from eapo_megatron.config import RecipeError, load_recipe
+from eapo_megatron.config import RecipeError
+from eapo_megatron.recipe_files import load_recipe
 
 
 def train(recipe: str, overrides: list[str]) -> None:

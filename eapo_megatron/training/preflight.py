@@ -196,7 +196,7 @@ def _encode(data: Data, examples: list[Example], tokenizer: PreTrainedTokenizerB
 
 def _field_mapping(data: Data) -> dict[str, Any]:
     own = {"prompt_field": data.prompt_field, "answer_field": data.answer_field, "solution_field": data.solution_field}
-    return {**LAYOUTS[data.layout], **{key: field for key, field in own.items() if field is not None}}
+    return {**LAYOUTS[data.format], **{key: field for key, field in own.items() if field is not None}}
 
 
 def _check_tokens(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

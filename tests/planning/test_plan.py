@@ -12,12 +12,13 @@ from typing import get_args
 import pytest
 from rich.console import Console
 
-from eapo_megatron.config import GPUS, RecipeError, load_recipe
+from eapo_megatron.config import GPUS, RecipeError
 from eapo_megatron.planning.gpus import GPU_MEMORY, usable_bytes
 from eapo_megatron.planning.memory import worst_rank
 from eapo_megatron.planning.plan import Plan, make_plan
 from eapo_megatron.planning.report import print_plan
 from eapo_megatron.planning.search import overrides_of
+from eapo_megatron.recipe_files import load_recipe
 from eapo_megatron.weights.families.public_configs import PUBLIC_CONFIGS
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from eapo_megatron.config import Recipe, load_recipe
+from eapo_megatron.config import Recipe
 from eapo_megatron.planning.plan import make_plan
+from eapo_megatron.recipe_files import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*-*.yaml"))

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from eapo_megatron.config import Parallel, RecipeError, parse_recipe
+from eapo_megatron.config import Parallel, RecipeError
 from eapo_megatron.policy.layout_checks import check_layout
+from eapo_megatron.recipe_files import parse_recipe
 from eapo_megatron.training.preflight import prepare
 
 ARCHITECTURE = {
