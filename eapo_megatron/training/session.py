@@ -123,7 +123,7 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
     )
     progress = Progress()
     if not steps:
-        load_weights(policy, weight_source(recipe.model, ingredients.hf_config, recipe.seed))
+        load_weights(policy.modules, policy.hf_config, weight_source(recipe.model, ingredients.hf_config, recipe.seed))
     with ExitStack() as stack:
         records = None
         if runtime.is_main:
