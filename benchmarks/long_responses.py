@@ -54,7 +54,7 @@ def main() -> None:
     }
     runtime = start_runtime(Parallel(), seed=1)
     policy = build_policy(hf_config, Model(architecture=hf_config, dtype="float32"), Parallel(), runtime)
-    load_weights(policy, RandomWeights(hf_config, seed=1))
+    load_weights(policy.modules, policy.hf_config, RandomWeights(hf_config, seed=1))
     worker = PolicyWorker(policy, micro_batch_size=arguments.responses, temperature=1.0)
     optimizer = build_optimizer(policy, Optimizer())
 

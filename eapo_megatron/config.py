@@ -180,7 +180,7 @@ class Rollout(Section):
     """Sampling from the current policy."""
 
     engine: str = "megatron"
-    """What samples responses; megatron: the training policy itself; vllm: not available yet."""
+    """What samples responses; megatron: the training policy itself."""
     num_generations_per_prompt: int = Field(8, ge=1)
     """Responses to each prompt, the group of the group estimators."""
     max_response_tokens: int = Field(3072, ge=1)

@@ -17,11 +17,12 @@ import measure_rollouts
 from eapo_megatron.config import Model, Optimizer, Parallel
 from eapo_megatron.policy.checkpoint import Checkpoints, init_optimizer_state, load_policy_weights
 from eapo_megatron.policy.optimizer import build_optimizer
-from eapo_megatron.policy.policy_model import build_policy, named_weights
+from eapo_megatron.policy.policy_model import build_policy
 from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
 from eapo_megatron.weights.huggingface import HuggingFaceWeights
 from eapo_megatron.weights.load import load_weights
+from eapo_megatron.weights.parameters import named_weights
 from launch import free_port
 from layouts import EP2, MODELS, PP2, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, TP2
 
@@ -46,7 +47,7 @@ def measure(
     source = HuggingFaceWeights(models / name)
     model = Model(path=str(source.folder), dtype="float32")
     policy = build_policy(source.hf_config, model, parallel, runtime)
-    load_weights(policy, source)
+    load_weights(policy.modules, policy.hf_config, source)
     tensors = [tensor for module in policy.modules for _, tensor, _ in named_weights(module, policy.hf_config)]
     expected = [tensor.detach().clone() for tensor in tensors]
     for tensor in tensors:

@@ -20,18 +20,19 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from torch import Tensor
 
 import measure_checkpoints
+import measure_export
 import measure_long_responses
 import measure_rollouts
 from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Head, Model, Optimizer, Parallel
 from eapo_megatron.policy.batching import Batch, TokenData
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
-from eapo_megatron.policy.policy_model import Policy, build_policy, named_weights
+from eapo_megatron.policy.policy_model import Policy, build_policy
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
 from eapo_megatron.policy.worker import PolicyWorker
-from eapo_megatron.weights.families import Weight, family_of
 from eapo_megatron.weights.huggingface import HuggingFaceWeights, RandomWeights
 from eapo_megatron.weights.load import load_weights
+from eapo_megatron.weights.parameters import named_weights
 from launch import free_port
 from layouts import (
     DECAY_STEPS,
@@ -56,15 +57,17 @@ def measure(name: str, layout: Layout, models: Path, out: Path) -> dict[str, Any
         path=str(source.folder), dtype=layout.dtype, recompute=layout.recompute, head=Head(backend=layout.head)
     )
     policy = build_policy(source.hf_config, model, parallel, runtime)
-    load_weights(policy, source)
+    load_weights(policy.modules, policy.hf_config, source)
+    exported = measure_export.right_after_loading(policy, source)
     results = measure_training(policy, layout, model, out / (layout.continues or name))
+    results["export"] = exported
     if layout.rollouts:
-        load_weights(policy, source)
+        load_weights(policy.modules, policy.hf_config, source)
         results["rollouts"] = measure_rollouts.responses(policy)
     if layout is LAYOUTS["single"]:
         results["engine"] = measure_rollouts.engine(policy)
-    load_weights(policy, RandomWeights(MODELS[layout.model], seed=5))
-    results["random_weights"] = whole_tensors(policy, lambda tensor: tensor.data)
+    load_weights(policy.modules, policy.hf_config, RandomWeights(MODELS[layout.model], seed=5))
+    results["random_weights"] = measure_export.exported(policy)
     # The store of this process group outlives it for a moment: the next one meets at another port.
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
     stop_runtime()
@@ -106,7 +109,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
     results["applied"] = [update.applied for update in updates]
     results["norms"] = [update.metrics["grad_norm"] for update in updates]
     results["lrs"] = [update.metrics["lr"] for update in updates]
-    results["weights"] = whole_tensors(policy, lambda tensor: tensor.data)
+    results["weights"] = measure_export.exported(policy)
 
     def step(policy: Policy, optimizer: PolicyOptimizer) -> None:
         worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
@@ -121,7 +124,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
     if layout.continues:
         measure_checkpoints.continued(checkpoints, policy, settings, step)
     if layout.resumes or layout.continues:
-        results["later_weights"] = whole_tensors(policy, lambda tensor: tensor.data)
+        results["later_weights"] = measure_export.exported(policy)
     return results
 
 
@@ -193,50 +196,7 @@ def complete_gradients(policy: Policy) -> dict[str, Tensor]:
                 for bucket in buffer.buckets:
                     shards = shard_buffer(bucket.grad_data, group.size())
                     dist.all_gather(shards, shards[group.rank()].clone(), group=group)
-    return whole_tensors(policy, lambda tensor: getattr(tensor, "main_grad", None))
-
-
-def whole_tensors(policy: Policy, value_of: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
-    """A value of each tensor put together from all ranks, by Hugging Face name; copies of it must be equal."""
-    tp_ranks = {
-        False: parallel_state.get_tensor_model_parallel_rank(),
-        True: parallel_state.get_expert_tensor_parallel_rank(),
-    }
-    named = [
-        (weight.name, tp_ranks[weight.expert is not None], value.float())
-        for module in policy.modules
-        for _, tensor, weight in named_weights(module, policy.hf_config)
-        if (value := value_of(tensor)) is not None
-    ]
-    shards: dict[str, dict[int, Tensor]] = {}
-    for name, tp_rank, value in (entry for rank in policy.runtime.gather_objects(named) for entry in rank):
-        copy = shards.setdefault(name, {}).setdefault(tp_rank, value)
-        assert torch.equal(copy, value), f"copies of {name} differ"
-    whole: dict[str, Tensor] = {}
-    for weight in all_weights(policy):
-        if weight.name not in shards and weight.name.endswith("expert_bias"):
-            continue  # a buffer, which has no gradient
-        by_rank = shards.pop(weight.name)
-        whole |= zip(weight.hf_names, unsharded(weight, [by_rank[rank] for rank in sorted(by_rank)]), strict=True)
-    assert not shards, f"{sorted(shards)} belong to no tensor"
-    return whole
-
-
-def all_weights(policy: Policy) -> list[Weight]:
-    return family_of(dict(policy.hf_config)).weights(policy.hf_config)
-
-
-def unsharded(weight: Weight, shards: list[Tensor]) -> list[Tensor]:
-    """Hugging Face tensors from the shards of a Megatron parameter in tensor-parallel order."""
-    if weight.tp_dim is None:
-        assert all(torch.equal(shards[0], shard) for shard in shards), f"replicas of {weight.name} differ"
-        return weight.split([shards[0]])
-    count = len(weight.merge([torch.empty(shape) for shape in weight.shapes]))
-    pieces = [shard.chunk(count, dim=weight.tp_dim) for shard in shards]
-    parts = [torch.cat([piece[i] for piece in pieces], dim=weight.tp_dim) for i in range(count)]
-    if weight.pads_vocabulary:
-        parts = [part[: weight.shapes[0][0]] for part in parts]
-    return weight.split(parts)
+    return measure_export.exported(policy, lambda tensor: getattr(tensor, "main_grad", None))
 
 
 def padding_gradient(policy: Policy) -> float:

@@ -40,7 +40,7 @@ def peaks_of_logits(backend: Literal["logits"] | None, tie_word_embeddings: bool
     runtime = start_runtime(Parallel(), seed=1)
     model = Model(architecture=architecture, dtype="float32", head=Head(backend=backend))
     policy = build_policy(architecture, model, Parallel(), runtime)
-    load_weights(policy, RandomWeights(architecture, seed=1))
+    load_weights(policy.modules, policy.hf_config, RandomWeights(architecture, seed=1))
     worker = PolicyWorker(policy, micro_batch_size=RESPONSES, temperature=1.0)
     responses = Responses.of_lists([list(range(TOKENS))] * RESPONSES)
     group_ids = torch.zeros(RESPONSES, dtype=torch.int64)

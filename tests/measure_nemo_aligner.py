@@ -80,7 +80,7 @@ class Records(Logger):
 def measure(parallel: Parallel, folder: Path) -> dict[str, Any]:
     runtime = start_runtime(parallel, seed=1, device="cpu")
     policy = build_policy(HF_CONFIG, Model(architecture=HF_CONFIG, dtype="float32"), parallel, runtime)
-    load_weights(policy, RandomWeights(HF_CONFIG, seed=5))
+    load_weights(policy.modules, policy.hf_config, RandomWeights(HF_CONFIG, seed=5))
     records = Records()
     cfg = configuration(parallel, runtime, folder)
     ptl_trainer = pytorch_lightning_trainer(runtime, records)

@@ -8,7 +8,6 @@ log-probs of the tokens there and the entropies, comes from the fused head: logi
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,10 @@ from eapo_megatron.config import Head, Model, Parallel
 from eapo_megatron.policy.block import block_spec
 from eapo_megatron.policy.runtime import Runtime
 from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy
-from eapo_megatron.weights.families import Weight, family_of, padded_vocab_size
+from eapo_megatron.weights.families import family_of, padded_vocab_size
+from eapo_megatron.weights.huggingface import WeightSource
+from eapo_megatron.weights.load import load_weights
+from eapo_megatron.weights.parameters import named_weights
 
 SEQUENCE_PARALLEL_ATTRIBUTES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -169,36 +171,6 @@ def _set_all(attributes: Sequence[tuple[torch.nn.Module, str]], value: bool) -> 
         setattr(module, name, value)
 
 
-def named_weights(module: PolicyChunk, hf_config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Weight]]:
-    """Each parameter of a chunk, and each buffer that a checkpoint holds, with its mapping to Hugging Face tensors."""
-    by_name = {weight.name: weight for weight in family_of(dict(hf_config)).weights(hf_config)}
-    for name, parameter in module.named_parameters():
-        full_name = global_name(module, name)
-        if full_name == "output_layer.weight" and full_name not in by_name:
-            full_name = "embedding.word_embeddings.weight"  # a tied model's last stage holds its own copy
-        yield name, parameter, by_name[full_name]
-    for name, buffer in module.named_buffers():
-        if (full_name := global_name(module, name)) in by_name:
-            yield name, buffer, by_name[full_name]
-
-
-def global_name(module: PolicyChunk, name: str) -> str:
-    """A parameter's name in the whole model: a chunk counts its layers from 0, and a rank its experts."""
-    # Transformer Engine fuses a norm into the linear layer that follows it.
-    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
-    name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
-    if not name.startswith("decoder.layers."):
-        return name
-    _, _, local, rest = name.split(".", 3)
-    layer = module.decoder.layers[int(local)]
-    # Grouped experts number their weights (linear_fc1.weight3) instead of keeping a list of modules.
-    rest = re.sub(r"experts\.(linear_fc[12]\.weight)(\d+)$", r"experts.local_experts.\2.\1", rest)
-    if (local_expert := re.search(r"(?<=\.local_experts\.)\d+", rest)) is not None:
-        expert = layer.mlp.local_expert_indices[int(local_expert[0])]
-        rest = f"{rest[: local_expert.start()]}{expert}{rest[local_expert.end() :]}"
-    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
-
-
 def transformer_config(
     hf_config: Mapping[str, Any], model: Model, parallel: Parallel, *, transformer_engine: bool
 ) -> TransformerConfig:
@@ -246,7 +218,7 @@ def transformer_config(
 
 
 def build_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel, runtime: Runtime) -> Policy:
-    """Builds this rank's chunks with unset weights; `conversion.load_weights` fills them."""
+    """Builds this rank's chunks with unset weights; `load_weights` fills them."""
     use_te = runtime.device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     config = transformer_config(hf_config, model, parallel, transformer_engine=use_te)
     virtual = parallel.virtual_pipeline_model_parallel_size
@@ -278,3 +250,17 @@ def build_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel,
         chunk.broadcast_params()
     joined = config.num_moe_experts is not None and parallel.experts_join_replicas
     return Policy(chunks, config, hf_config, runtime, joined)
+
+
+def open_policy(
+    hf_config: Mapping[str, Any],
+    model: Model,
+    parallel: Parallel,
+    runtime: Runtime,
+    source: WeightSource | None,
+) -> Policy:
+    """This rank's part of the policy with the weights of `source`; with None they are left unset, to be loaded."""
+    policy = build_policy(hf_config, model, parallel, runtime)
+    if source is not None:
+        load_weights(policy.modules, hf_config, source)
+    return policy

@@ -11,7 +11,7 @@ from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.durable import write_json
 from eapo_megatron.policy.checkpoint import Checkpoints
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
-from eapo_megatron.policy.policy_model import Policy, build_policy
+from eapo_megatron.policy.policy_model import Policy, open_policy
 from eapo_megatron.policy.runtime import Runtime
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.records.records import Records
@@ -22,8 +22,8 @@ from eapo_megatron.stopping import EXIT_INTERRUPTED, StopRequest
 from eapo_megatron.training.preflight import RECIPE_FILE, Ingredients
 from eapo_megatron.training.warm_start import warm_start
 from eapo_megatron.weights.assets import save_run_assets
+from eapo_megatron.weights.export import export_weights
 from eapo_megatron.weights.huggingface import weight_source
-from eapo_megatron.weights.load import load_weights
 
 
 class TrainingStoppedError(RuntimeError):
@@ -94,7 +94,8 @@ class Run:
 
     def update_engine(self) -> None:
         """Brings the policy's weights to the rollout engine; their version is the number of steps done."""
-        self.sampler.engine.update_weights((), self.progress.step)
+        weights = export_weights(self.policy.modules, self.policy.hf_config)
+        self.sampler.engine.update_weights(weights, self.progress.step)
 
     def save(self) -> None:
         """A checkpoint of this step, once its records are on disk."""
@@ -130,9 +131,8 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECIPE_FILE, recipe.experiment())
         save_run_assets(folder, recipe.model, ingredients.hf_config, ingredients.tokenizer)
-    policy = build_policy(ingredients.hf_config, recipe.model, recipe.parallel, runtime)
-    if not steps:
-        load_weights(policy, weight_source(recipe.model, ingredients.hf_config, recipe.seed))
+    source = None if steps else weight_source(recipe.model, ingredients.hf_config, recipe.seed)
+    policy = open_policy(ingredients.hf_config, recipe.model, recipe.parallel, runtime, source)
     worker = PolicyWorker(
         policy, micro_batch_size=recipe.train.micro_batch_size, temperature=recipe.rollout.temperature
     )

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
+from torch.nn import Module
 
-from eapo_megatron.policy.policy_model import Policy, named_weights
 from eapo_megatron.weights.families import Weight, padded_vocab_size
 from eapo_megatron.weights.huggingface import WeightSource
+from eapo_megatron.weights.parameters import named_weights, tensor_parallel_group
 
 
-def load_weights(policy: Policy, source: WeightSource) -> None:
-    """Fills every parameter of this rank's chunks from Hugging Face tensors."""
-    for module in policy.modules:
-        for name, tensor, weight in named_weights(module, policy.hf_config):
-            shard = _shard(weight, [source.read(hf_name) for hf_name in weight.hf_names])
+def load_weights(modules: Iterable[Module], hf_config: Mapping[str, Any], source: WeightSource) -> None:
+    """Fills every parameter of this rank's chunks from Hugging Face tensors.
+
+    Raises:
+        ValueError: naming a parameter whose shape is not that of its tensors.
+    """
+    for module in modules:
+        for name, tensor, weight in named_weights(module, hf_config):
+            shard = shard_of(weight, [source.read(hf_name) for hf_name in weight.hf_names])
             if shard.shape != tensor.shape:
                 raise ValueError(f"parameter {name} has shape {tuple(tensor.shape)}, its weights {tuple(shard.shape)}")
             tensor.data.copy_(shard)
 
 
-def _shard(weight: Weight, tensors: Sequence[Tensor]) -> Tensor:
-    """This rank's shard of a Megatron parameter."""
+def shard_of(weight: Weight, tensors: Sequence[Tensor]) -> Tensor:
+    """This rank's shard of a Megatron parameter, from its Hugging Face tensors."""
     parts = weight.merge(tensors)
     if weight.tp_dim is None:
         return parts[0]
-    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    if weight.expert is not None:
-        size = parallel_state.get_expert_tensor_parallel_world_size()
-        rank = parallel_state.get_expert_tensor_parallel_rank()
+    group = tensor_parallel_group(weight)
     if weight.pads_vocabulary:
-        parts = [_padded_rows(part, padded_vocab_size(part.shape[0], size)) for part in parts]
-    return torch.cat([part.chunk(size, dim=weight.tp_dim)[rank] for part in parts], dim=weight.tp_dim)
+        parts = [_padded_rows(part, padded_vocab_size(part.shape[0], group.size())) for part in parts]
+    return torch.cat([part.chunk(group.size(), dim=weight.tp_dim)[group.rank()] for part in parts], dim=weight.tp_dim)
 
 
 def _padded_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -118,22 +118,12 @@ class MegatronWeights:
         return places
 
 
-def part_shapes(weight: Weight) -> list[tuple[int, ...]]:
-    """The shapes of a parameter's full parts: gate and up as they are, or what is merged, joined along the first axis.
-
-    Merging meta tensors would tell as well, and import torch._dynamo: seconds.
-    """
-    if weight.merge is list:
-        return list(weight.shapes)
-    return [(sum(shape[0] for shape in weight.shapes), *weight.shapes[0][1:])]
-
-
 def chunks_of(weight: Weight, place: Place, stack: tuple[int, ...], dtype: torch.dtype) -> list[Chunk]:
     """Where each of a parameter's parts lies in the checkpoint's tensor, in which `stack` layers and experts lie."""
     key, at = place
     whole = (*stack, *whole_shape(weight))
     chunks, start = [], 0
-    for shape in part_shapes(weight):
+    for shape in weight.part_shapes:
         offsets = [0] * len(shape)
         if weight.tp_dim is not None:
             offsets[weight.tp_dim] = start
@@ -144,7 +134,7 @@ def chunks_of(weight: Weight, place: Place, stack: tuple[int, ...], dtype: torch
 
 def whole_shape(weight: Weight) -> tuple[int, ...]:
     """The shape of a parameter over all tensor-parallel ranks, its vocabulary not padded."""
-    first, *others = part_shapes(weight)
+    first, *others = weight.part_shapes
     if not others:
         return first
     assert weight.tp_dim is not None

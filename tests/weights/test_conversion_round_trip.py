@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from eapo_megatron.config import RecipeError
 from eapo_megatron.weights.convert import from_hf, to_hf
 from eapo_megatron.weights.families import FAMILIES
-from eapo_megatron.weights.megatron_weights import part_shapes
 from hf_folders import ASSETS, assert_same_folder, assert_same_tensors, read_folder, write_folder
 from hf_reference import tiny_model
 from layouts import MODELS
@@ -30,7 +29,7 @@ def test_part_shapes_are_those_of_merged_tensors(model_type: str) -> None:
     settings = next(settings for settings in MODELS.values() if settings["model_type"] == model_type)
     for weight in FAMILIES[model_type].weights(settings):
         merged = weight.merge([torch.empty(shape) for shape in weight.shapes])
-        assert [tuple(part.shape) for part in merged] == part_shapes(weight), weight.name
+        assert [tuple(part.shape) for part in merged] == weight.part_shapes, weight.name
 
 
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float16", "mixed"])

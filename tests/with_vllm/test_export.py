@@ -66,7 +66,7 @@ def test_greedy_tokens_agree(export: Path, tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv(key, value)
     runtime = start_runtime(Parallel(), seed=1)
     policy = build_policy(source.hf_config, Model(path=str(export), dtype="float32"), Parallel(), runtime)
-    load_weights(policy, source)
+    load_weights(policy.modules, policy.hf_config, source)
     engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=8)
     sampling = SamplingParams(top_k=1, max_response_tokens=NEW_TOKENS)
     embedded = engine.generate(PROMPTS, [[0]] * len(PROMPTS), sampling)

@@ -34,6 +34,16 @@ class Weight:
     pads_vocabulary: bool = False
     expert: int | None = None
 
+    @property
+    def part_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the full parts: gate and up as they are, or what is merged, joined along the first axis.
+
+        Merging meta tensors would tell as well, and import torch._dynamo: seconds.
+        """
+        if self.merge is list:
+            return list(self.shapes)
+        return [(sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])]
+
 
 @dataclass(frozen=True)
 class Family:
