@@ -48,7 +48,7 @@ def resumed_exactly(
     """Whether a new policy and optimizer that load the checkpoint hold, and go on to, the very same bits, all ranks."""
     runtime = policy.runtime
     checkpoints = Checkpoints(folder, keep_last=1, keep_best=0)
-    checkpoints.save(1, policy, optimizer.megatron, optimizer.schedule, {"score": None})
+    checkpoints.save(1, policy, optimizer.megatron, optimizer.schedule, {"ranking": None})
     saved = state(policy, optimizer)
     for _ in range(MORE_STEPS):
         step(policy, optimizer)

@@ -59,10 +59,10 @@ def measure(
     optimizer = build_optimizer(policy, Optimizer())
     init_optimizer_state(optimizer.megatron)
     checkpoints = Checkpoints(out / name / "checkpoints", keep_last=9, keep_best=0)
-    checkpoints.save(9, policy, optimizer.megatron, optimizer.schedule, {"score": None})
+    checkpoints.save(9, policy, optimizer.megatron, optimizer.schedule, {"ranking": None})
     for tensor in tensors:
         tensor.data.zero_()
-    checkpoints.save(2, policy, optimizer.megatron, optimizer.schedule, {"score": 1.0})
+    checkpoints.save(2, policy, optimizer.megatron, optimizer.schedule, {"ranking": 1.0})
     load_policy_weights(checkpoints.path(9), policy)
     nemo = out / name / "nemo" / "weights"
     if runtime.is_main:
