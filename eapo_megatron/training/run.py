@@ -16,10 +16,11 @@ from eapo_megatron.models.policy_model import Policy, build_policy
 from eapo_megatron.models.runtime import Runtime
 from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
+from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
 from eapo_megatron.stopping import EXIT_INTERRUPTED, StopRequest
 from eapo_megatron.training.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.training.policy_worker import PolicyWorker
-from eapo_megatron.training.preflight import RECIPE_FILE, Ingredients
+from eapo_megatron.training.preflight import Ingredients
 from eapo_megatron.training.records import Records, Stopwatch, write_json
 from eapo_megatron.training.sampler import Sampler
 from eapo_megatron.training.warm_start import warm_start
@@ -115,7 +116,7 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
     steps = runtime.broadcast_object(checkpoints.steps())
     if runtime.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECIPE_FILE, recipe.experiment())
+        write_json(folder / RECIPE_FILE, saved_form(recipe))
         save_run_assets(folder, recipe.model, ingredients.hf_config, ingredients.tokenizer)
     policy = build_policy(ingredients.hf_config, recipe.model, recipe.parallel, runtime)
     worker = PolicyWorker(

@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from eapo_megatron.algorithms import LossSettings, loss_weights
-from eapo_megatron.config import Optimizer, Recipe, fingerprint
+from eapo_megatron.config import Optimizer, Recipe
 from eapo_megatron.data import Prompt, prompt_indices
 from eapo_megatron.models.checkpoint import load_policy_weights, save_weights
 from eapo_megatron.rollout.engine import Response
+from eapo_megatron.saved_recipe import experiment, fingerprint
 from eapo_megatron.training.batching import Batch, make_batch
 from eapo_megatron.training.optimizer import build_optimizer
 from eapo_megatron.training.policy_worker import PolicyWorker
@@ -53,7 +54,7 @@ def warm_start(recipe: Recipe, ingredients: Ingredients, worker: PolicyWorker, r
 
 def cache_folder(recipe: Recipe) -> Path:
     """Where the weights of this warm start are kept."""
-    settings = recipe.experiment()
+    settings = experiment(recipe)
     defining = {key: settings[key] for key in ("seed", "model", "data", "warm_start")}
     defining["temperature"] = recipe.rollout.temperature
     return Path(recipe.logging.run_dir) / ".warm_start" / fingerprint(defining)
