@@ -5,8 +5,6 @@ The text under a field is its description: `eapo-megatron keys` and docs/keys.md
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -388,29 +386,3 @@ class Recipe(Section):
     @property
     def run_folder(self) -> Path:
         return Path(self.logging.run_dir) / self.name
-
-    def experiment(self) -> dict[str, Any]:
-        """The settings that define the experiment: a resumed run must agree on them.
-
-        How long, on what layout and with what records a run goes may differ between its parts.
-        """
-        settings = self.model_dump(mode="json")
-        settings["optimizer"]["distributed"] = self.parallel.use_distributed_optimizer  # its state has another form
-        for free in ("cluster", "parallel", "logging", "checkpoint", "evaluation"):
-            del settings[free]
-        for section, key in (
-            ("train", "steps"),
-            ("train", "micro_batch_size"),
-            ("train", "max_skipped_in_a_row"),
-            ("rollout", "max_batch_size"),
-            ("reward", "num_workers"),
-            ("model", "recompute"),
-        ):
-            del settings[section][key]
-        del settings["model"]["head"]["backend"]
-        return settings
-
-
-def fingerprint(value: Any) -> str:
-    """A short digest of JSON-like settings."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import yaml
 
 from eapo_megatron.config import RecipeError
 from eapo_megatron.launcher import rank_environment
+from eapo_megatron.recipe_files import load_recipe
+from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
 
 FIRST_RECIPE = Path(__file__).parents[1] / "recipes" / "eapo-qwen2-tiny-arithmetic-1n2g-tp2.yaml"
 
@@ -49,6 +52,17 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[s
     assert line.startswith("error: ")
     assert sentence in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_recipe_of_another_version_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    path = tmp_path / FIRST_RECIPE.stem / RECIPE_FILE
+    path.parent.mkdir()
+    saved = saved_form(load_recipe(FIRST_RECIPE))
+    saved["recipe"]["rollout"]["max_staleness"] = 1
+    path.write_text(json.dumps(saved))
+    done = run("train", str(FIRST_RECIPE), f"logging.run_dir={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {path}: rollout.max_staleness: unknown key\n"
 
 
 def test_built_in_recipes_work_by_name_in_any_folder(tmp_path: Path) -> None:

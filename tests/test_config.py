@@ -85,24 +85,6 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         load_recipe(tmp_path / "circle.yaml")
 
 
-def test_what_defines_the_experiment(recipe: Path) -> None:
-    def experiment(*overrides: str) -> dict:
-        return load_recipe(recipe, list(overrides)).experiment()
-
-    free = [
-        "train.steps=7",
-        "train.micro_batch_size=2",
-        "parallel.tensor_model_parallel_size=2",
-        "logging.samples_per_step=1",
-        "checkpoint.every=3",
-        "evaluation.every=3",
-        "cluster.gpus_per_node=4",
-    ]
-    assert experiment(*free) == experiment()
-    for override in ("optimizer.lr=4e-5", "seed=2", "algorithm.shaping.name=none", "rollout.temperature=0.9"):
-        assert experiment(override) != experiment()
-
-
 def test_an_old_key_is_read_under_its_new_name(recipe: Path) -> None:
     assert load_recipe(recipe).data.format == "math"
     assert load_recipe(recipe, ["data.layout=gsm8k"]).data.format == "gsm8k"

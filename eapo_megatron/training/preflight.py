@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +36,11 @@ from eapo_megatron.policy.layout_checks import check_layout, check_lengths
 from eapo_megatron.records.trackers import check_trackers
 from eapo_megatron.rewards import check_reward
 from eapo_megatron.rollout.engine import check_engine
+from eapo_megatron.saved_recipe import check_run_folder
 from eapo_megatron.weights.huggingface import hf_config_of, weight_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-RECIPE_FILE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -118,28 +116,6 @@ def check_algorithm(recipe: Recipe) -> LossSettings:
         )
     except ValueError as error:
         raise RecipeError(f"algorithm.loss: {error}") from error
-
-
-def check_run_folder(recipe: Recipe) -> None:
-    """Whether the run folder is new or holds this very experiment."""
-    path = recipe.run_folder / RECIPE_FILE
-    if not path.is_file():
-        return
-    held = json.loads(path.read_text())
-    for key, (before, now) in _differences(held, recipe.experiment()).items():
-        raise RecipeError(
-            f"run folder {recipe.run_folder} holds another experiment: {key} was {before!r} there and is {now!r} here; "
-            "give this run another name"
-        )
-
-
-def _differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for name in sorted(before.keys() | now.keys()):
-            found |= _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-        return found
-    return {} if before == now else {key: (before, now)}
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -18,8 +18,9 @@ from eapo_megatron.records.records import Records
 from eapo_megatron.records.stopwatch import Stopwatch
 from eapo_megatron.rollout.engine import open_engine
 from eapo_megatron.rollout.rollouts import Sampler
+from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
 from eapo_megatron.stopping import EXIT_INTERRUPTED, StopRequest
-from eapo_megatron.training.preflight import RECIPE_FILE, Ingredients
+from eapo_megatron.training.preflight import Ingredients
 from eapo_megatron.training.warm_start import warm_start
 from eapo_megatron.weights.assets import save_run_assets
 from eapo_megatron.weights.export import export_weights
@@ -129,7 +130,7 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
     steps = runtime.broadcast_object(checkpoints.steps())
     if runtime.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECIPE_FILE, recipe.experiment())
+        write_json(folder / RECIPE_FILE, saved_form(recipe))
         save_run_assets(folder, recipe.model, ingredients.hf_config, ingredients.tokenizer)
     source = None if steps else weight_source(recipe.model, ingredients.hf_config, recipe.seed)
     policy = open_policy(ingredients.hf_config, recipe.model, recipe.parallel, runtime, source)

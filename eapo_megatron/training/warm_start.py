@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from eapo_megatron.algorithms import LossSettings, loss_weights
-from eapo_megatron.config import Optimizer, Recipe, fingerprint
+from eapo_megatron.config import Optimizer, Recipe
 from eapo_megatron.data import Prompt, prompt_indices
 from eapo_megatron.policy.batching import Batch, TokenData, make_batch
 from eapo_megatron.policy.checkpoint import load_policy_weights, save_weights
@@ -18,6 +18,7 @@ from eapo_megatron.policy.optimizer import build_optimizer
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.records.records import Records
+from eapo_megatron.saved_recipe import experiment, fingerprint
 from eapo_megatron.training.preflight import Ingredients
 
 LOSS = LossSettings(loss="negative_log_likelihood")
@@ -56,7 +57,7 @@ def warm_start(recipe: Recipe, ingredients: Ingredients, worker: PolicyWorker, r
 
 def cache_folder(recipe: Recipe) -> Path:
     """Where the weights of this warm start are kept."""
-    settings = recipe.experiment()
+    settings = experiment(recipe)
     defining = {key: settings[key] for key in ("seed", "model", "data", "warm_start")}
     defining["temperature"] = recipe.rollout.temperature
     return Path(recipe.logging.run_dir) / ".warm_start" / fingerprint(defining)

@@ -11,6 +11,7 @@ import pytest
 from eapo_megatron.config import Parallel, RecipeError
 from eapo_megatron.policy.layout_checks import check_layout
 from eapo_megatron.recipe_files import parse_recipe
+from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
 from eapo_megatron.training.preflight import prepare
 
 ARCHITECTURE = {
@@ -216,7 +217,7 @@ def test_random_weights_on_a_file_need_a_tokenizer(tmp_path: Path) -> None:
 def test_a_run_folder_of_another_experiment(tmp_path: Path) -> None:
     recipe = parse_recipe(settings(tmp_path), source="r.yaml")
     recipe.run_folder.mkdir()
-    (recipe.run_folder / "recipe.json").write_text(json.dumps(recipe.experiment()))
+    (recipe.run_folder / RECIPE_FILE).write_text(json.dumps(saved_form(recipe)))
     prepare(recipe, 1, source="r.yaml")
     sentence = refusal(tmp_path, optimizer={"lr": 0.5})
     assert "holds another experiment: optimizer.lr was 1e-06 there and is 0.5 here" in sentence
