@@ -24,6 +24,7 @@ FLOORS = (
         "config",
         "recipe_files",
         "recipe_keys",
+        "saved_recipe",
         "durable",
         "stopping",
         "megatron_compat",
