@@ -1,0 +1,152 @@
+"""Groups of responses with their rewards, and the rounds in which a step collects them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from eapo_megatron.config import Recipe
+from eapo_megatron.data import Prompt, PromptSet, prompt_indices
+from eapo_megatron.policy.responses import Responses
+from eapo_megatron.records.samples import describe_samples
+from eapo_megatron.rollout.engine import SamplingParams, response_seed
+from eapo_megatron.rollout.rollouts import Rollouts, Sampler, collect
+
+NAN = float("nan")
+
+
+def prompt(index: int) -> Prompt:
+    return Prompt(index, f"prompt {index}", [index], str(index), None)
+
+
+def rollouts(rewards: Sequence[Sequence[float]]) -> Rollouts:
+    """Groups of responses that are told apart by their only token."""
+    flat = [reward for group in rewards for reward in group]
+    return Rollouts(
+        [prompt(index) for index in range(len(rewards))],
+        Responses.of_lists([[place] for place in range(len(flat))]),
+        torch.tensor([index for index, group in enumerate(rewards) for _ in group], dtype=torch.int64),
+        torch.tensor(flat, dtype=torch.float64),
+        reward_failures=3,
+    )
+
+
+def tokens(part: Rollouts) -> list[int]:
+    return part.responses.tokens.tolist()
+
+
+def test_a_group_has_signal_when_its_verdicts_differ() -> None:
+    groups = rollouts([[1, 1], [1, -1], [NAN, 1], [NAN, 0, 1], [NAN, NAN], [0, 0, 0]])
+    assert groups.has_signal.tolist() == [False, True, False, True, False, False]
+
+
+def test_solve_rate_is_the_share_of_verdicts_above_the_threshold() -> None:
+    groups = rollouts([[1, 0, NAN], [0.5, -1]])
+    assert groups.solve_rate(0.0) == 2 / 4
+    assert groups.solve_rate(0.5) == 1 / 4
+    assert rollouts([[NAN]]).solve_rate(0.0) == 0.0
+
+
+def test_groups_are_kept_with_their_responses_and_numbered_anew() -> None:
+    groups = rollouts([[1, 1], [1, -1, 0], [1], [0, 0]])
+    kept = groups.groups(torch.tensor([False, True, False, True]))
+    assert [p.index for p in kept.prompts] == [1, 3]
+    assert tokens(kept) == [2, 3, 4, 6, 7]
+    assert kept.group_ids.tolist() == [0, 0, 0, 1, 1]
+    assert kept.rewards.tolist() == [1, -1, 0, 0, 0]
+    assert tokens(groups.first(2)) == [0, 1, 2, 3, 4]
+    assert tokens(groups.first(9)) == tokens(groups)
+
+
+def test_responses_without_a_verdict_are_left_out() -> None:
+    judged = rollouts([[1, NAN], [NAN, NAN], [NAN, 0, 1]]).judged()
+    assert [p.index for p in judged.prompts] == [0, 2]
+    assert tokens(judged) == [0, 5, 6]
+    assert judged.group_ids.tolist() == [0, 1, 1]
+
+
+def test_parts_follow_one_another() -> None:
+    both = Rollouts.concatenated([rollouts([[1, 0], [1]]), rollouts([[0], [1, 1]])])
+    assert both.group_ids.tolist() == [0, 0, 1, 2, 3, 3]
+    assert both.reward_failures == 6
+    assert both.has_signal.tolist() == [True, False, False, False]
+
+
+def test_samples_are_the_first_response_of_the_first_groups() -> None:
+    described = describe_samples(rollouts([[NAN, 0], [1], [0]]), 2, lambda ids: f"text of {ids}")
+    assert described == [
+        {"prompt": "prompt 0", "response": "text of [0]", "answer": "0", "reward": None, "finished": True},
+        {"prompt": "prompt 1", "response": "text of [2]", "answer": "1", "reward": 1.0, "finished": True},
+    ]
+    assert describe_samples(rollouts([[1]]), 0, str) == []
+
+
+class Drawn(Sampler):
+    """A sampler whose rewards are told beforehand, prompt by prompt as they are drawn."""
+
+    def __init__(self, rewards: Sequence[Sequence[float]]) -> None:
+        self.rewards = list(rewards)
+        self.calls: list[tuple[list[int], list[list[int]]]] = []
+
+    def sampling(self, **settings: Any) -> SamplingParams:
+        return SamplingParams(**settings)
+
+    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: SamplingParams) -> Rollouts:
+        self.calls.append(([p.index for p in prompts], [list(group) for group in seeds]))
+        drawn = rollouts([self.rewards.pop(0) for _ in prompts])
+        return Rollouts(list(prompts), drawn.responses, drawn.group_ids, drawn.rewards, 1)
+
+
+def recipe(rounds: int) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "run",
+            "seed": 5,
+            "model": {"path": "folder"},
+            "data": {"task": "arithmetic"},
+            "rollout": {"num_generations_per_prompt": 2},
+            "algorithm": {"dynamic_sampling_rounds": rounds},
+            "train": {"num_prompts_per_step": 3, "mini_batch_prompts": 1},
+        }
+    )
+
+
+PROMPTS = PromptSet([prompt(index) for index in range(20)], too_long=0)
+SILENT, TELLING, LOST = [1.0, 1.0], [1.0, -1.0], [NAN, NAN]
+
+
+def test_one_round_keeps_every_group_with_a_verdict() -> None:
+    sampler = Drawn([SILENT, LOST, TELLING])
+    collected = collect(sampler, PROMPTS, recipe(1), 6)
+    assert collected.position == 9
+    assert collected.groups.rewards.tolist() == [*SILENT, *TELLING]
+    order = prompt_indices(5, 6, 3, 20)
+    assert sampler.calls == [(order, [[response_seed(5, "train", at, i) for i in range(2)] for at in (6, 7, 8)])]
+    assert [p.index for p in collected.groups.prompts] == [order[0], order[2]]
+    assert collected.metrics(0.0) == {
+        "rollout/solve_rate": 3 / 4,
+        "rollout/rounds": 1,
+        "rollout/groups_without_signal": 2,
+        "rollout/reward_failures": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rewards", "rounds", "kept"),
+    [
+        ([TELLING] * 3, 1, 3),
+        ([SILENT, TELLING, SILENT, TELLING, TELLING, TELLING], 2, 3),  # one too many
+        ([SILENT] * 5 + [TELLING] + [SILENT] * 3, 3, 1),  # rounds are used up
+        ([SILENT] * 9, 3, 0),
+        ([LOST] * 9, 3, 0),
+    ],
+)
+def test_groups_without_signal_are_drawn_anew(rewards: list[list[float]], rounds: int, kept: int) -> None:
+    collected = collect(Drawn(rewards), PROMPTS, recipe(3), 0)
+    assert len(collected.drawn) == rounds
+    assert collected.position == 3 * rounds
+    assert len(collected.groups.prompts) == kept
+    assert collected.groups.has_signal.all()

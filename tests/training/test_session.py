@@ -1,0 +1,69 @@
+"""What a run's state says, as earlier versions wrote it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from eapo_megatron.config import RecipeError
+from eapo_megatron.policy.checkpoint import STATE_FILE, STATE_VERSION, Checkpoints
+from eapo_megatron.training.session import Progress
+
+# state.json of the first version of the format, as it was written.
+VERSION_1 = {
+    "progress": {
+        "step": 40,
+        "position": 2560,
+        "optimizer_steps": 80,
+        "skipped_updates": 0,
+        "skipped_in_a_row": 0,
+        "skipped_steps": 0,
+        "response_tokens": 491520,
+        "held_out": {"0": 0.25, "40": 0.5},
+    },
+    "score": 0.5,
+    "step": 40,
+    "world_size": 2,
+}
+
+
+def checkpoints(tmp_path: Path, state: dict) -> Checkpoints:
+    folder = tmp_path / f"step_{state['step']:06d}"
+    folder.mkdir()
+    (folder / STATE_FILE).write_text(json.dumps(state))
+    return Checkpoints(tmp_path, keep_last=1, keep_best=1)
+
+
+def test_the_first_version_is_read(tmp_path: Path) -> None:
+    progress = Progress.of_state(checkpoints(tmp_path, VERSION_1).state(40))
+    assert progress == Progress(40, 2560, 80, 0, 0, 0, 491520, {"0": 0.25, "40": 0.5})
+    assert progress.ranking() == 0.5
+
+
+def test_the_present_version_is_read(tmp_path: Path) -> None:
+    progress = Progress(7, 8, 9, 1, 2, 3, 4, {"7": 0.75})
+    state = {"version": STATE_VERSION, "step": 7, "progress": asdict(progress), "ranking": 0.75, "world_size": 1}
+    assert Progress.of_state(checkpoints(tmp_path, state).state(7)) == progress
+
+
+def test_fields_that_are_not_known_or_missing_are_named(tmp_path: Path) -> None:
+    saved = {key: value for key, value in VERSION_1["progress"].items() if key != "position"} | {"colour": 1}
+    state = checkpoints(tmp_path, VERSION_1 | {"progress": saved}).state(40)
+    with pytest.raises(RecipeError, match=r"step 40: progress lacks \['position'\] and has \['colour'\] too much"):
+        Progress.of_state(state)
+
+
+def test_a_later_version_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"state.json has version 99, this package reads up to {STATE_VERSION}"):
+        checkpoints(tmp_path, VERSION_1 | {"version": 99}).state(40)
+
+
+def test_checkpoints_of_both_versions_are_ranked(tmp_path: Path) -> None:
+    both = checkpoints(tmp_path, VERSION_1)
+    checkpoints(tmp_path, {"version": STATE_VERSION, "step": 50, "ranking": 0.25})
+    checkpoints(tmp_path, {"version": STATE_VERSION, "step": 60, "ranking": None})
+    both._retain()
+    assert both.steps() == [40, 60]  # the best and the last
