@@ -11,15 +11,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+if TYPE_CHECKING:
+    from eapo_megatron import algorithms
+
 GPUS = Literal["a100-40gb", "a100-80gb", "a800-80gb", "h100-80gb", "h800-80gb", "h200-141gb", "b200-180gb", "l40s-48gb"]
-GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 
 
 class RecipeError(ValueError):
@@ -180,11 +182,11 @@ class Shaping(Section):
 
 
 class Loss(Section):
-    """The clipped surrogate (Eq. 2) and how tokens are averaged."""
+    """The loss by name and how tokens are averaged; further keys are that loss's own options, such as eps_low."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "clipped_surrogate"
-    eps_low: float = Field(0.2, gt=0, lt=1)
-    eps_high: float = Field(0.28, gt=0)
     aggregation: str = "token_mean"
     entropy_coef: float = 0.0
 
@@ -293,18 +295,23 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _groups(self) -> Recipe:
-        generations = self.rollout.num_generations_per_prompt
-        if generations < 2 and self.algorithm.advantage_estimator in GROUP_ESTIMATORS:
-            raise ValueError(
-                f"rollout.num_generations_per_prompt is {generations}: the group estimator "
-                f"{self.algorithm.advantage_estimator} needs at least 2"
-            )
+        algorithm = self.make_algorithm()
+        if algorithm.needs.ref_log_probs:
+            raise ValueError("algorithm.loss needs log-probs of a reference policy, which training does not have yet")
+        algorithm.check_group_size(self.rollout.num_generations_per_prompt, key="rollout.num_generations_per_prompt")
         if self.train.mini_batch_prompts > self.train.num_prompts_per_step:
             raise ValueError(
                 f"train.mini_batch_prompts {self.train.mini_batch_prompts} exceeds "
                 f"train.num_prompts_per_step {self.train.num_prompts_per_step}"
             )
         return self
+
+    def make_algorithm(self) -> algorithms.Algorithm:
+        """The section `algorithm` at work; a ValueError names its wrong key."""
+        from eapo_megatron import algorithms  # torch: seconds
+
+        section = self.algorithm.model_dump(include=set(algorithms.SECTION_KEYS))
+        return algorithms.Algorithm.from_config(section, key="algorithm")
 
     @property
     def run_folder(self) -> Path:
@@ -316,6 +323,7 @@ class Recipe(Section):
         How long, on what layout and with what records a run goes may differ between its parts.
         """
         settings = self.model_dump(mode="json")
+        settings["algorithm"]["loss"] |= self.make_algorithm().loss_settings.options  # a default is its value
         settings["optimizer"]["distributed"] = self.parallel.use_distributed_optimizer  # its state has another form
         for free in ("cluster", "parallel", "logging", "checkpoint", "evaluation"):
             del settings[free]

@@ -22,7 +22,7 @@ from torch import Tensor
 import measure_checkpoints
 import measure_long_responses
 import measure_rollouts
-from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
+from eapo_megatron.algorithms import Algorithm, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Head, Model, Optimizer, Parallel
 from eapo_megatron.models.conversion import load_weights
 from eapo_megatron.models.families import Weight, family_of
@@ -89,7 +89,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
         return loss_weights(batch.mask & chosen, batch.group_ids, aggregation=aggregation)
 
     everything = list(range(batch.size))
-    metrics = worker.accumulate(batch, everything, LossSettings(), weights=weights_of(everything), **inputs)
+    metrics = worker.accumulate(batch, everything, Algorithm(), weights=weights_of(everything), **inputs)
     results["loss"] = metrics["loss/policy"]
     results["gradients"] = complete_gradients(policy)
     results["padding_gradient"] = padding_gradient(policy)
@@ -102,7 +102,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
         if len(updates) == 2:  # the optimizer has moments, and every rank has rows
             refused = partial(refused_update, worker, optimizer, batch, rows, weights, inputs)
             results["refused"] = {fault: unchanged(policy, optimizer, partial(refused, fault)) for fault in FAULTS}
-        updates.append(worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs))
+        updates.append(worker.update(batch, rows, optimizer, Algorithm(), weights=weights, **inputs))
     results["applied"] = [update.applied for update in updates]
     results["norms"] = [update.metrics["grad_norm"] for update in updates]
     results["lrs"] = [update.metrics["lr"] for update in updates]
@@ -111,7 +111,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
     def step(policy: Policy, optimizer: PolicyOptimizer) -> None:
         worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
         weights = weights_of(everything)
-        assert worker.update(batch, everything, optimizer, LossSettings(), weights=weights, **inputs).applied
+        assert worker.update(batch, everything, optimizer, Algorithm(), weights=weights, **inputs).applied
 
     if layout.resumes:
         results["resumed"] = measure_checkpoints.resumed_exactly(
@@ -166,7 +166,7 @@ def refused_update(
         advantages = inputs["advantages"].clone()
         advantages[rows[0], 0] = torch.nan
         return worker.update(
-            batch, rows, optimizer, LossSettings(), weights=weights, **(inputs | {"advantages": advantages})
+            batch, rows, optimizer, Algorithm(), weights=weights, **(inputs | {"advantages": advantages})
         ).applied
     runtime = worker.policy.runtime
     *_, last = (
@@ -178,7 +178,7 @@ def refused_update(
     hooks = []
     if runtime.rank == runtime.world_size - 1:
         hooks.append(last.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf)))
-    update = worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs)
+    update = worker.update(batch, rows, optimizer, Algorithm(), weights=weights, **inputs)
     for hook in hooks:
         hook.remove()
     return update.applied

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from eapo_megatron.algorithms import LossSettings, loss_weights
+from eapo_megatron.algorithms import Algorithm, loss_weights
 from eapo_megatron.config import Head, Model, Parallel
 from eapo_megatron.models.conversion import load_weights
 from eapo_megatron.models.huggingface import RandomWeights
@@ -48,7 +48,7 @@ def peaks_of_logits(backend: Literal["logits"] | None, tie_word_embeddings: bool
     calls = {
         "scoring": lambda: worker.score(batch),
         "training": lambda: worker.accumulate(
-            batch, range(RESPONSES), LossSettings(), weights=weights, advantages=torch.ones_like(weights)
+            batch, range(RESPONSES), Algorithm(), weights=weights, advantages=torch.ones_like(weights)
         ),
     }
     logits = 4 * RESPONSES * TOKENS * VOCAB_SIZE

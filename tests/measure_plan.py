@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eapo_megatron.algorithms import LossSettings, loss_weights
+from eapo_megatron.algorithms import Algorithm, loss_weights
 from eapo_megatron.models.policy_model import Policy, build_policy
 from eapo_megatron.models.runtime import start_runtime, stop_runtime
 from eapo_megatron.rollout import megatron_engine
@@ -51,7 +51,7 @@ def measure(run: Run) -> dict[str, Any]:
         for rows in mini_batches(batch, recipe.train.mini_batch_prompts):
             weights = loss_weights(batch.mask_of(rows), batch.group_ids, aggregation="token_mean")
             inputs = {"old_log_probs": scores.log_probs, "advantages": batch.rewards[:, None].expand(batch.mask.shape)}
-            assert worker.update(batch, rows, optimizer, LossSettings(), weights=weights, **inputs).applied
+            assert worker.update(batch, rows, optimizer, Algorithm(), weights=weights, **inputs).applied
     results |= {"scoring": dict(scoring.bytes), "training": dict(training.bytes)}
     results |= resident_bytes(policy, optimizer)
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))

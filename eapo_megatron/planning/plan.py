@@ -16,7 +16,7 @@ from eapo_megatron.planning.memory import RankMemory, worst_rank
 from eapo_megatron.planning.search import smallest_layout
 from eapo_megatron.planning.shape import model_shape
 from eapo_megatron.planning.work import Work, step_work
-from eapo_megatron.training.preflight import check_algorithm, check_layout, check_lengths
+from eapo_megatron.training.preflight import check_layout, check_lengths
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ def make_plan(recipe: Recipe, *, source: str) -> Plan:
         RecipeError: one sentence naming the key or the file, for what training would refuse too.
     """
     hf_config, config_source = find_hf_config(recipe, source=source)
-    check_algorithm(recipe)
     check_layout(recipe.parallel, hf_config, recipe.cluster.world_size)
     check_lengths(recipe, hf_config)
     shape = model_shape(hf_config)

@@ -23,13 +23,18 @@ class Batch:
     responses: list[list[int]]
     mask: Tensor  # bool [N, T]: response tokens, the end-of-sequence token among them
     group_ids: Tensor  # int64 [N]
-    rewards: Tensor  # float32 [N]
+    rewards: Tensor  # float32 [N]; NaN: no verdict
     behaviour_log_probs: Tensor  # float32 [N, T]: the sampler's
     finished: Tensor  # bool [N]
 
     @property
     def size(self) -> int:
         return len(self.responses)
+
+    @property
+    def judged(self) -> Tensor:
+        """The mask [N, T] without responses that have no verdict: nothing is learned from them."""
+        return self.mask & ~self.rewards.isnan().unsqueeze(-1)
 
     def mask_of(self, rows: Sequence[int]) -> Tensor:
         """The mask [N, T] of these rows alone."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from eapo_megatron.algorithms import ShapingInputs, group_advantages, loss_weights, shape_advantages
 from eapo_megatron.evaluation.held_out import held_out_solve_rate
 from eapo_megatron.training.batching import Batch, make_batch
 from eapo_megatron.training.collect import collect
@@ -49,7 +48,7 @@ def train(run: Run) -> dict[str, Any]:
 
 def train_step(run: Run) -> dict[str, float]:
     """One rollout batch and its optimizer steps -> metrics."""
-    algorithm = run.recipe.algorithm
+    algorithm = run.ingredients.algorithm
     with run.timer("rollout"):
         groups, metrics = collect(run)
     if not groups:
@@ -67,25 +66,18 @@ def train_step(run: Run) -> dict[str, float]:
         count_update(run, Update(applied=False, metrics={}))
         return metrics
     with run.timer("advantages"):
-        group_advantage = group_advantages(batch.rewards, batch.group_ids, estimator=algorithm.advantage_estimator)
-        inputs = ShapingInputs(
-            advantages=group_advantage.unsqueeze(-1) * batch.mask,
-            entropies=old.entropies,
-            mask=batch.mask,
-            group_ids=batch.group_ids,
-            rewards=batch.rewards,
-            log_probs=old.log_probs,
+        advantages = algorithm.advantages(
+            batch.rewards, batch.group_ids, batch.judged, log_probs=old.log_probs, entropies=old.entropies
         )
-        advantages = shape_advantages(algorithm.shaping.name, inputs, **algorithm.shaping.options)
     updates = []
     with run.timer("update"):
         for rows in mini_batches(batch, run.recipe.train.mini_batch_prompts):
-            weights = loss_weights(batch.mask_of(rows), batch.group_ids, aggregation=algorithm.loss.aggregation)
+            weights = algorithm.weights(batch.judged & batch.mask_of(rows), batch.group_ids)
             update = run.worker.update(
                 batch,
                 rows,
                 run.optimizer,
-                run.ingredients.loss,
+                algorithm,
                 weights=weights,
                 old_log_probs=old.log_probs,
                 advantages=advantages,
@@ -95,7 +87,7 @@ def train_step(run: Run) -> dict[str, float]:
     with run.timer("weight_sync"):
         run.sampler.engine.sync_weights()
     run.progress.response_tokens += int(batch.mask.sum())
-    return metrics | batch_metrics(batch, old, advantages) | mean_of_updates(updates)
+    return metrics | batch_metrics(algorithm, batch, old, advantages) | mean_of_updates(updates)
 
 
 def mini_batches(batch: Batch, prompts: int) -> Iterator[list[int]]:

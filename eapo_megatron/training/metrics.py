@@ -7,28 +7,27 @@ from typing import Any
 
 from torch import Tensor
 
-from eapo_megatron.algorithms import quadrant_masks, quadrant_metrics, quadrant_statistics
+from eapo_megatron.algorithms import Algorithm
 from eapo_megatron.training.batching import Batch
 from eapo_megatron.training.policy_worker import Scores, Update
 from eapo_megatron.training.sampler import Group, Sampler
 
 
-def batch_metrics(batch: Batch, old: Scores, advantages: Tensor) -> dict[str, float]:
+def batch_metrics(algorithm: Algorithm, batch: Batch, old: Scores, advantages: Tensor) -> dict[str, float]:
     """Rewards, lengths, entropies (nats) and the four quadrants of the batch that is trained on."""
     mask, lengths = batch.mask, batch.mask.sum(dim=-1)
     tokens = int(lengths.sum())
-    quadrants = quadrant_masks(batch.rewards, old.entropies, mask, batch.group_ids)
     log_prob_gap = (old.log_probs - batch.behaviour_log_probs).abs() * mask
     return {
-        "reward/mean": float(batch.rewards.double().mean()),
+        "reward/mean": float(batch.rewards[~batch.rewards.isnan()].double().mean()),
         "response_length/mean": tokens / batch.size,
         "response_length/max": float(lengths.max()),
         "response_length/total": tokens,
         "response_length/truncated_share": float((~batch.finished).double().mean()),
-        "entropy/mean": float((old.entropies.double() * mask).sum()) / tokens,
-        "advantage/mean_abs": float((advantages.double().abs() * mask).sum()) / tokens,
         "rollout/log_prob_gap": float(log_prob_gap.double().sum()) / tokens,
-        **quadrant_metrics(quadrant_statistics(quadrants, old.entropies, advantages)),
+        **algorithm.metrics(
+            batch.rewards, batch.group_ids, batch.judged, entropies=old.entropies, advantages=advantages
+        ),
     }
 
 

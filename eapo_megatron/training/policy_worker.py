@@ -14,7 +14,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from eapo_megatron.algorithms import LossInputs, LossSettings, policy_loss_unchecked
+from eapo_megatron.algorithms import Algorithm, LossInputs
 from eapo_megatron.models.policy_model import Policy, Scoring
 from eapo_megatron.training.batching import Batch, MicroBatch, data_parallel_share, micro_batches
 from eapo_megatron.training.optimizer import PolicyOptimizer
@@ -68,7 +68,7 @@ class PolicyWorker:
         batch: Batch,
         rows: Sequence[int],
         optimizer: PolicyOptimizer,
-        settings: LossSettings,
+        algorithm: Algorithm,
         *,
         weights: Tensor,
         old_log_probs: Tensor | None = None,
@@ -80,7 +80,7 @@ class PolicyWorker:
         not depend on how rows are divided. A NaN or Inf in the loss or a gradient leaves the policy as it was.
         """
         metrics = self.accumulate(
-            batch, rows, settings, weights=weights, old_log_probs=old_log_probs, advantages=advantages
+            batch, rows, algorithm, weights=weights, old_log_probs=old_log_probs, advantages=advantages
         )
         lr = optimizer.lr
         applied, norm = optimizer.step(loss_is_finite=math.isfinite(metrics["loss/policy"]))
@@ -90,21 +90,21 @@ class PolicyWorker:
         self,
         batch: Batch,
         rows: Sequence[int],
-        settings: LossSettings,
+        algorithm: Algorithm,
         *,
         weights: Tensor,
         old_log_probs: Tensor | None = None,
         advantages: Tensor | None = None,
     ) -> dict[str, float]:
         """Forward and backward over `rows`: global gradients in main_grad, global sums of the loss's metrics."""
-        unset = torch.zeros_like(weights)
+        unset, needs = torch.zeros_like(weights), algorithm.needs
 
         def loss(micro: MicroBatch, scores: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             cut = (micro.rows_in_batch, slice(micro.mask.shape[1]))
             if not micro.rows_in_batch.numel():
                 return scores.sum(), _nothing(scores).int(), {}
             log_probs, entropies = scores
-            outputs = policy_loss_unchecked(
+            outputs = algorithm.loss(
                 LossInputs(
                     log_probs=micro.to_responses(log_probs),
                     old_log_probs=(unset if old_log_probs is None else old_log_probs)[cut],
@@ -112,16 +112,14 @@ class PolicyWorker:
                     mask=micro.mask,
                     entropies=micro.to_responses(entropies),
                     weights=weights[cut],
-                ),
-                settings,
+                    rollout_log_probs=batch.behaviour_log_probs[cut] if needs.rollout_log_probs else None,
+                )
             )
             # The schedule holds on to both: no token count (gradients are already normalised), and the metrics.
             return outputs.loss, _nothing(scores).int(), outputs.metrics
 
         self.policy.zero_grad()
-        outputs = self._run(
-            self._micro_batches(batch, rows), loss, forward_only=False, entropy_grad=settings.entropy_coef != 0
-        )
+        outputs = self._run(self._micro_batches(batch, rows), loss, forward_only=False, entropy_grad=needs.entropy_grad)
         local: Counter[str] = Counter()
         if self.policy.runtime.reports_last_stage:
             for metrics in outputs:

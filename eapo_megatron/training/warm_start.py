@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eapo_megatron.algorithms import LossSettings, loss_weights
+from eapo_megatron.algorithms import Algorithm, LossSettings
 from eapo_megatron.config import Optimizer, Recipe, fingerprint
 from eapo_megatron.data import Prompt, prompt_indices
 from eapo_megatron.models.checkpoint import load_policy_weights, save_weights
@@ -18,7 +18,7 @@ from eapo_megatron.training.policy_worker import PolicyWorker
 from eapo_megatron.training.preflight import Ingredients
 from eapo_megatron.training.records import Records
 
-LOSS = LossSettings(loss="negative_log_likelihood")
+SUPERVISED = Algorithm(loss_settings=LossSettings("negative_log_likelihood"))
 
 
 def warm_start(recipe: Recipe, ingredients: Ingredients, worker: PolicyWorker, records: Records | None) -> None:
@@ -43,9 +43,8 @@ def warm_start(recipe: Recipe, ingredients: Ingredients, worker: PolicyWorker, r
     for step in range(settings.steps):
         drawn = prompt_indices(recipe.seed, step * settings.batch_size, settings.batch_size, len(solved))
         batch = _batch([solved[index] for index in drawn], ingredients, worker)
-        update = worker.update(
-            batch, range(batch.size), optimizer, LOSS, weights=loss_weights(batch.mask, batch.group_ids)
-        )
+        weights = SUPERVISED.weights(batch.mask, batch.group_ids)
+        update = worker.update(batch, range(batch.size), optimizer, SUPERVISED, weights=weights)
         if records is not None:
             records.advance("warm start", step + 1, settings.steps, f"loss {update.metrics['loss/policy']:.3f}")
     save_weights(cache, worker.policy)
