@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
+from eapo_megatron.algorithms import Algorithm, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Model, Optimizer, Parallel
 from eapo_megatron.policy.batching import TokenData, make_batch
 from eapo_megatron.policy.optimizer import build_optimizer
@@ -74,7 +74,7 @@ def main() -> None:
         batch,
         range(batch.size),
         optimizer,
-        LossSettings(),
+        Algorithm(),
         TokenData(weights=weights, old_log_probs=old_log_probs, advantages=advantages),
     )
     updated = time.perf_counter()

@@ -6,12 +6,14 @@ The text under a field is its description: `eapo-megatron keys` and docs/keys.md
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+if TYPE_CHECKING:
+    from eapo_megatron import algorithms
+
 GPUS = Literal["a100-40gb", "a100-80gb", "a800-80gb", "h100-80gb", "h800-80gb", "h200-141gb", "b200-180gb", "l40s-48gb"]
-GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 
 
 class RecipeError(ValueError):
@@ -214,29 +216,33 @@ class Shaping(Section):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "eapo"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.__pydantic_extra__ or {})
+    """eapo, none, entropy_advantage, forking_tokens or quadrant."""
 
 
 class Loss(Section):
-    """The clipped surrogate (Eq. 2) and how tokens are averaged."""
+    """The loss by name and how tokens are averaged; further keys are that loss's own options, such as eps_low."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "clipped_surrogate"
-    eps_low: float = Field(0.2, gt=0, lt=1)
-    eps_high: float = Field(0.28, gt=0)
+    """clipped_surrogate (Eq. 2)."""
     aggregation: str = "token_mean"
+    """token_mean: by the tokens of the optimizer step; group_token_mean: Eq. 2; seq_mean_token_mean: by response."""
     entropy_coef: float = 0.0
+    """Weight of the current policy's mean token entropy (nats), which the loss rewards; 0: off."""
 
 
 class Algorithm(Section):
     """From rewards to the loss."""
 
     advantage_estimator: str = "grpo"
+    """grpo, dr_grpo, rloo or w_reinforce: one advantage a response, from the rewards of its group."""
     shaping: Shaping = Shaping()
+    """Token-level re-weighting of the advantages."""
     loss: Loss = Loss()
-    dynamic_sampling_rounds: int = Field(1, ge=1)  # 1: zero-variance groups are kept; n > 1: up to n rounds refill them
+    """The loss that the advantages enter."""
+    dynamic_sampling_rounds: int = Field(1, ge=1)
+    """1: groups of equal rewards are kept; n > 1: they are drawn anew, in up to n rounds of a step."""
 
 
 class Optimizer(Section):
@@ -370,18 +376,27 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _groups(self) -> Recipe:
-        generations = self.rollout.num_generations_per_prompt
-        if generations < 2 and self.algorithm.advantage_estimator in GROUP_ESTIMATORS:
+        algorithm = self.make_algorithm()
+        if algorithm.needs.ref_log_probs:
             raise ValueError(
-                f"rollout.num_generations_per_prompt is {generations}: the group estimator "
-                f"{self.algorithm.advantage_estimator} needs at least 2"
+                "algorithm.loss needs log-probs of a reference policy, which the training loop does not compute"
             )
+        algorithm.check_group_size(self.rollout.num_generations_per_prompt, key="rollout.num_generations_per_prompt")
         if self.train.mini_batch_prompts > self.train.num_prompts_per_step:
             raise ValueError(
                 f"train.mini_batch_prompts {self.train.mini_batch_prompts} exceeds "
                 f"train.num_prompts_per_step {self.train.num_prompts_per_step}"
             )
         return self
+
+    def make_algorithm(self) -> algorithms.Algorithm:
+        """The section `algorithm` at work; a ValueError names its wrong key."""
+        from eapo_megatron import algorithms  # torch: seconds
+
+        section = self.algorithm.model_dump(include=set(algorithms.SECTION_KEYS))
+        return algorithms.Algorithm.from_config(
+            section, key="algorithm", positive_threshold=self.reward.positive_threshold
+        )
 
     @property
     def run_folder(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
 from types import NoneType, UnionType
@@ -12,9 +12,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from eapo_megatron.algorithms import SHAPINGS
+from eapo_megatron.algorithms import LOSSES, SHAPINGS
+from eapo_megatron.algorithms.registry import default_options
 from eapo_megatron.config import Recipe, RecipeError, Section
 
+# Sections whose `name` chooses a function, whose options are keys of the section too.
+REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {"algorithm.shaping": SHAPINGS, "algorithm.loss": LOSSES}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -31,7 +34,7 @@ class Key:
 def recipe_keys(pattern: str = "") -> list[Key]:
     """The keys whose path or description contains `pattern`, or matches it as a shell glob, in the schema's order.
 
-    Case is ignored. The options of the shapings follow `algorithm.shaping.name`.
+    Case is ignored. The options of shapings and losses follow the keys of their sections.
 
     Raises:
         RecipeError: when there is none.
@@ -80,20 +83,21 @@ def _sections(section: type[Section], path: str) -> Iterator[tuple[str, str, lis
             below.append((field.annotation, key))
         else:
             keys.append(Key(key, _type_of(field), _default_of(field), field.description or ""))
-    if path == "algorithm.shaping":
-        keys += _shaping_options(path)
+    if path in REGISTRIES:
+        keys += _options(path, REGISTRIES[path])
     yield path, " ".join(inspect.cleandoc(section.__doc__ or "").split()), keys
     for inner, key in below:
         yield from _sections(inner, key)
 
 
-def _shaping_options(path: str) -> Iterator[Key]:
-    for name, shaping in SHAPINGS.items():
-        for option in inspect.signature(shaping).parameters.values():
-            if option.name not in ("inputs", "process_group"):
-                kind = str(option.annotation).replace("Sequence[str]", "list of str")
-                first_line = inspect.cleandoc(shaping.__doc__ or "").split("\n")[0]
-                yield Key(f"{path}.{option.name}", kind, json.dumps(option.default), f"Of {name}: {first_line}")
+def _options(path: str, registry: Mapping[str, Callable[..., Any]]) -> Iterator[Key]:
+    """The options of the functions that `path`.name chooses from."""
+    for name, function in registry.items():
+        first_line = inspect.cleandoc(function.__doc__ or "").split("\n")[0]
+        for option, default in default_options(function).items():
+            kind = str(inspect.signature(function).parameters[option].annotation)
+            kind = kind.replace("Sequence[str]", "list of str")
+            yield Key(f"{path}.{option}", kind, json.dumps(default), f"Of {name}: {first_line}")
 
 
 def _type_of(field: FieldInfo) -> str:

@@ -75,6 +75,7 @@ def experiment(recipe: Recipe) -> dict[str, Any]:
     ):
         del settings[section][key]
     del settings["model"]["head"]["backend"]
+    settings["algorithm"]["loss"] |= recipe.make_algorithm().loss_settings.options  # a default is its value
     # The optimizer's state has another form on disk.
     settings["parallel"] = {"use_distributed_optimizer": recipe.parallel.use_distributed_optimizer}
     return settings

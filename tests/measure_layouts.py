@@ -23,7 +23,7 @@ import measure_checkpoints
 import measure_export
 import measure_long_responses
 import measure_rollouts
-from eapo_megatron.algorithms import LossSettings, eapo_advantages, group_advantages, loss_weights
+from eapo_megatron.algorithms import Algorithm, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Head, Model, Optimizer, Parallel
 from eapo_megatron.policy.batching import Batch, TokenData
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
@@ -92,7 +92,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
         return loss_weights(batch.mask & chosen, batch.group_ids, aggregation=aggregation)
 
     everything = list(range(batch.size))
-    metrics = worker.accumulate(batch, everything, LossSettings(), TokenData(weights=weights_of(everything), **inputs))
+    metrics = worker.accumulate(batch, everything, Algorithm(), TokenData(weights=weights_of(everything), **inputs))
     results["loss"] = metrics["loss/policy"]
     results["gradients"] = complete_gradients(policy)
     results["padding_gradient"] = padding_gradient(policy)
@@ -105,7 +105,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
         if len(updates) == 2:  # the optimizer has moments, and every rank has rows
             refused = partial(refused_update, worker, optimizer, batch, rows, weights, inputs)
             results["refused"] = {fault: unchanged(policy, optimizer, partial(refused, fault)) for fault in FAULTS}
-        updates.append(worker.update(batch, rows, optimizer, LossSettings(), TokenData(weights=weights, **inputs)))
+        updates.append(worker.update(batch, rows, optimizer, Algorithm(), TokenData(weights=weights, **inputs)))
     results["applied"] = [update.applied for update in updates]
     results["norms"] = [update.metrics["grad_norm"] for update in updates]
     results["lrs"] = [update.metrics["lr"] for update in updates]
@@ -115,7 +115,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
         worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
         weights = weights_of(everything)
         tokens = TokenData(weights=weights, **inputs)
-        assert worker.update(batch, everything, optimizer, LossSettings(), tokens).applied
+        assert worker.update(batch, everything, optimizer, Algorithm(), tokens).applied
 
     if layout.resumes:
         results["resumed"] = measure_checkpoints.resumed_exactly(
@@ -170,7 +170,7 @@ def refused_update(
         advantages = inputs["advantages"].clone()
         advantages[rows[0], 0] = torch.nan
         tokens = TokenData(weights=weights, **(inputs | {"advantages": advantages}))
-        return worker.update(batch, rows, optimizer, LossSettings(), tokens).applied
+        return worker.update(batch, rows, optimizer, Algorithm(), tokens).applied
     runtime = worker.policy.runtime
     *_, last = (
         parameter
@@ -181,7 +181,7 @@ def refused_update(
     hooks = []
     if runtime.rank == runtime.world_size - 1:
         hooks.append(last.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf)))
-    update = worker.update(batch, rows, optimizer, LossSettings(), TokenData(weights=weights, **inputs))
+    update = worker.update(batch, rows, optimizer, Algorithm(), TokenData(weights=weights, **inputs))
     for hook in hooks:
         hook.remove()
     return update.applied

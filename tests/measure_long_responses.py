@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from eapo_megatron.algorithms import LossSettings, loss_weights
+from eapo_megatron.algorithms import Algorithm, loss_weights
 from eapo_megatron.config import Head, Model, Parallel
 from eapo_megatron.policy.batching import TokenData, make_batch
 from eapo_megatron.policy.policy_model import build_policy
@@ -50,7 +50,7 @@ def peaks_of_logits(backend: Literal["logits"] | None, tie_word_embeddings: bool
     tokens = TokenData(weights=weights, advantages=ones, old_log_probs=torch.zeros_like(ones))
     calls = {
         "scoring": lambda: worker.log_probs_and_entropies(batch),
-        "training": lambda: worker.accumulate(batch, range(RESPONSES), LossSettings(), tokens),
+        "training": lambda: worker.accumulate(batch, range(RESPONSES), Algorithm(), tokens),
     }
     logits = 4 * RESPONSES * TOKENS * VOCAB_SIZE
     peaks = {}

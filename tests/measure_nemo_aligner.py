@@ -26,7 +26,14 @@ from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from eapo_megatron.algorithms import QUADRANTS, LossSettings, eapo_advantages, group_advantages, loss_weights
+from eapo_megatron.algorithms import (
+    QUADRANTS,
+    Algorithm,
+    LossSettings,
+    eapo_advantages,
+    group_advantages,
+    loss_weights,
+)
 from eapo_megatron.config import Model, Optimizer, Parallel
 from eapo_megatron.data import arithmetic_examples
 from eapo_megatron.data.arithmetic import ALPHABET
@@ -54,7 +61,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 }
 HF_CONFIG = {**MODELS["tied"], "model_type": "qwen2"}
 GROUP, FIT_STEPS = 4, 2
-LOSS = LossSettings(entropy_coef=0.01)
+ENTROPY_COEF = 0.01
+ALGORITHM = Algorithm(loss_settings=LossSettings(entropy_coef=ENTROPY_COEF))
 EOS = 1
 ROLLOUT_ORDER = torch.arange(12).view(3, GROUP).T.flatten()  # one response to each prompt, then another to each
 SGD = {"lr": 0.4, "momentum": 0.9, "weight_decay": 0.1}
@@ -146,7 +154,7 @@ def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str,
         trainer,
         next(get_iterator_k_split(data, len(steps))),
         policy,
-        lambda: worker.accumulate(batch, steps[0].tolist(), LOSS, TokenData(weights=weights[0], **inputs)),
+        lambda: worker.accumulate(batch, steps[0].tolist(), ALGORITHM, TokenData(weights=weights[0], **inputs)),
     )
 
     settings = Optimizer(
@@ -154,7 +162,7 @@ def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str,
     )
     optimizer = build_optimizer(policy, settings)
     updates = [
-        worker.update(batch, rows.tolist(), optimizer, LOSS, TokenData(weights=step_weights, **inputs))
+        worker.update(batch, rows.tolist(), optimizer, ALGORITHM, TokenData(weights=step_weights, **inputs))
         for rows, step_weights in zip(steps, weights, strict=True)
     ]
     trainer.run_training(get_iterator_k_split(data, len(steps)))
@@ -182,7 +190,7 @@ def note_gradients(
     trainer.model.finish_training_step()
     for name, ours in accumulate().items():
         differences.note(name, [theirs[name]], [ours])
-    total = theirs["loss/policy"] - LOSS.entropy_coef * theirs["loss/entropy"]
+    total = theirs["loss/policy"] - ENTROPY_COEF * theirs["loss/entropy"]
     differences.note("loss", [loss], [total])
     native = dict(policy.modules[0].named_parameters())
     names = [name for name, _ in trainer.model.model.named_parameters()]
@@ -233,7 +241,7 @@ def configuration(parallel: Parallel, runtime: Runtime, folder: Path) -> DictCon
                 "max_steps": FIT_STEPS,
                 "val_check_interval": FIT_STEPS,
                 "num_rollouts_per_prompt": GROUP,
-                "algorithm": {"loss": {"entropy_coef": LOSS.entropy_coef}},
+                "algorithm": {"loss": {"entropy_coef": ENTROPY_COEF}},
                 "trt_llm": {"enable": False},
             },
         },

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eapo_megatron.algorithms import LossSettings, loss_weights
+from eapo_megatron.algorithms import Algorithm, loss_weights
 from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.policy_model import Policy, build_policy
@@ -53,7 +53,7 @@ def measure(run: Run) -> dict[str, Any]:
             weights = loss_weights(batch.mask_of(rows), batch.group_ids, aggregation="token_mean")
             advantages = batch.rewards[:, None].expand(batch.mask.shape)
             tokens = TokenData(weights=weights, old_log_probs=old_log_probs, advantages=advantages)
-            assert worker.update(batch, rows, optimizer, LossSettings(), tokens).applied
+            assert worker.update(batch, rows, optimizer, Algorithm(), tokens).applied
     results |= {"scoring": dict(scoring.bytes), "training": dict(training.bytes)}
     results |= resident_bytes(policy, optimizer)
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))

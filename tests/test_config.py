@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eapo_megatron.config import Algorithm, Loss, Recipe, RecipeError, Section, Shaping
+from eapo_megatron.config import Recipe, RecipeError, Section
 from eapo_megatron.recipe_files import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -47,8 +47,13 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
         ("optimizer.lr=nan", "optimizer.lr"),
         ("train.steps=many", "train.steps: input should be a valid integer"),
         ("train.steps=1.5", "train.steps: input should be a valid integer"),
-        ("algorithm.loss.eps_low=0", "algorithm.loss.eps_low: input should be greater than 0"),
-        ("algorithm.loss.eps_high=-0.1", "algorithm.loss.eps_high: input should be greater than 0"),
+        ("algorithm.loss.eps_low=0", "algorithm.loss.eps_low must be in (0, 1), got 0"),
+        ("algorithm.loss.eps_high=-0.1", "algorithm.loss.eps_high must be positive and finite, got -0.1"),
+        ("algorithm.loss.eps_hihg=0.3", "algorithm.loss.eps_hihg is not a key of the loss 'clipped_surrogate' (did"),
+        ("algorithm.loss.name=ppo", "algorithm.loss.name must be one of clipped_surrogate"),
+        ("algorithm.loss.kl_coef=0.1", "algorithm.loss needs log-probs of a reference policy, which training does not"),
+        ("algorithm.shaping.alpha=much", "algorithm.shaping.alpha must be a number, got 'much'"),
+        ("algorithm.advantage_estimator=gae", "algorithm.advantage_estimator must be one of grpo, dr_grpo"),
         ("rollout.num_generations_per_prompt=1", "rollout.num_generations_per_prompt is 1: the group estimator grpo"),
         ("train.mini_batch_prompts=1000", "train.mini_batch_prompts 1000 exceeds train.num_prompts_per_step 64"),
         ("model.path=x", "model: give either path (a Hugging Face folder) or architecture"),
@@ -106,10 +111,7 @@ def sections(section: type[Section] = Recipe) -> Iterator[type[Section]]:
             yield from sections(field.annotation)
 
 
-DESCRIBED = [section for section in sections() if section not in (Algorithm, Shaping, Loss)]
-
-
-@pytest.mark.parametrize("section", DESCRIBED, ids=lambda section: section.__name__)
+@pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
 def test_every_key_has_a_description(section: type[Section]) -> None:
     assert section.__doc__
     for name, field in section.model_fields.items():
@@ -118,6 +120,20 @@ def test_every_key_has_a_description(section: type[Section]) -> None:
         assert field.description, f"{section.__name__}.{name} has no description under it"
         assert field.description.endswith(".")
         assert "\n" not in field.description
+
+
+def test_an_option_that_is_set_to_its_default_is_the_same_experiment(recipe: Path) -> None:
+    written = load_recipe(recipe, ["algorithm.loss.eps_low=0.2"])
+    assert written.experiment() == load_recipe(recipe).experiment()
+    assert written.experiment()["algorithm"]["loss"]["eps_high"] == 0.28
+
+
+def test_the_section_becomes_an_algorithm_with_its_options(recipe: Path) -> None:
+    overrides = ["loss.eps_low=0.1", "loss.entropy_coef=0.01", "shaping.alpha=0.3", "dynamic_sampling_rounds=3"]
+    algorithm = load_recipe(recipe, [f"algorithm.{override}" for override in overrides]).make_algorithm()
+    assert algorithm.loss_settings.options == {"eps_low": 0.1, "eps_high": 0.28}
+    assert algorithm.loss_settings.entropy_coef == 0.01
+    assert algorithm.shaping_options["alpha"] == 0.3
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*-*.yaml")), ids=lambda path: path.stem)

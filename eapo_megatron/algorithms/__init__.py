@@ -1,12 +1,14 @@
 """RL algorithms with entropy-aware credit: tensors in, tensors out, torch alone.
 
 The order of use: `group_advantages` from rewards, `shape_advantages` (EAPO and its baselines), `loss_weights` over the
-optimizer step, `policy_loss` for each micro-batch. Every statistic is exact over the ranks of `process_group`; with
-`process_group=None` no function communicates, whether or not torch.distributed is initialised.
+optimizer step, `policy_loss` for each micro-batch. `Algorithm` is the four of them with their settings, built from a
+configuration. Every statistic is exact over the ranks of `process_group`; with `process_group=None` no function
+communicates, whether or not torch.distributed is initialised.
 """
 
-from .advantages import ESTIMATORS, group_advantages
+from .advantages import ESTIMATORS, group_advantages, min_group_size
 from .aggregation import AGGREGATIONS, loss_weights
+from .algorithm import SECTION_KEYS, Algorithm, Needs
 from .policy_loss import (
     KL_ESTIMATORS,
     LOSSES,
@@ -17,6 +19,7 @@ from .policy_loss import (
     policy_loss_unchecked,
 )
 from .quadrants import QUADRANTS, quadrant_masks, quadrant_metrics, quadrant_statistics
+from .registry import reads
 from .shaping import SHAPINGS, ShapingInputs, eapo_advantages, shape_advantages
 
 __all__ = [
@@ -25,18 +28,23 @@ __all__ = [
     "KL_ESTIMATORS",
     "LOSSES",
     "QUADRANTS",
+    "SECTION_KEYS",
     "SHAPINGS",
+    "Algorithm",
     "LossInputs",
     "LossOutputs",
     "LossSettings",
+    "Needs",
     "ShapingInputs",
     "eapo_advantages",
     "group_advantages",
     "loss_weights",
+    "min_group_size",
     "policy_loss",
     "policy_loss_unchecked",
     "quadrant_masks",
     "quadrant_metrics",
     "quadrant_statistics",
+    "reads",
     "shape_advantages",
 ]

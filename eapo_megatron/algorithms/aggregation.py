@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checks import check_group_ids, check_mask
 from .group_statistics import merge_responses
+from .registry import choose
 
 # Tokens of each response (float64 [N]) and group ids in, the denominator of the response's tokens (float64 [N]) out.
 Aggregation = Callable[[Tensor, Tensor | None, dist.ProcessGroup | None], Tensor]
@@ -62,19 +63,13 @@ def loss_weights(
 
     Raises ValueError for an unknown aggregation, wrong shapes or dtypes, and missing group_ids.
     """
-    check_aggregation(aggregation)
+    denominators_of = choose("aggregation", aggregation, AGGREGATIONS)
     check_mask(mask)
     if group_ids is not None:
         check_group_ids(group_ids, len(mask))
     lengths = mask.sum(dim=1, dtype=torch.float64)
-    denominators = AGGREGATIONS[aggregation](lengths, group_ids, process_group)
+    denominators = denominators_of(lengths, group_ids, process_group)
     return torch.where(mask, 1.0 / denominators.clamp(min=1)[:, None], 0.0).float()
-
-
-def check_aggregation(aggregation: str) -> None:
-    """Refuse an unknown aggregation."""
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
 
 
 def _global_sum(value: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:

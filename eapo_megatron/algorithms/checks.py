@@ -29,13 +29,20 @@ def check_group_ids(group_ids: Tensor, num_responses: int) -> None:
 
 
 def check_rewards(rewards: Tensor, num_responses: int) -> None:
-    """Refuse rewards that are not finite floating-point numbers [N]."""
+    """Refuse rewards that are not floating-point numbers [N], or infinite. NaN says that a response has no verdict."""
     if not rewards.is_floating_point():
         raise ValueError(f"rewards must be floating point, got {rewards.dtype}")
     if rewards.shape != (num_responses,):
         raise ValueError(f"rewards must have shape [{num_responses}], got {list(rewards.shape)}")
-    if not bool(torch.isfinite(rewards).all()):
-        raise ValueError("rewards must be finite")
+    if bool(torch.isinf(rewards).any()):
+        raise ValueError("rewards must be finite, or NaN where a response has no verdict")
+
+
+def check_verdicts(rewards: Tensor, mask: Tensor) -> None:
+    """Refuse tokens under the mask of a response without a verdict: they would count as those of a wrong one."""
+    unjudged = (torch.isnan(rewards) & mask.any(dim=1)).nonzero().flatten().tolist()
+    if unjudged:
+        raise ValueError(f"rewards must not be NaN where a response has tokens under the mask: response {unjudged[0]}")
 
 
 def check_tokens(name: str, values: Tensor, mask: Tensor) -> None:

@@ -51,11 +51,13 @@ def token_statistics(
 def response_statistics(
     values: Tensor, group_ids: Tensor, *, process_group: dist.ProcessGroup | None = None
 ) -> GroupStatistics:
-    """Statistics of one value a response (rewards [N]) over each group. Collectives as for `token_statistics`."""
-    values = values.double()
-    return merge_responses(
-        torch.ones_like(values), values, torch.zeros_like(values), group_ids, process_group=process_group
-    )
+    """Statistics of one value a response (rewards [N]) over each group; a response whose value is NaN counts 0.
+
+    Collectives as for `token_statistics`.
+    """
+    present = ~values.isnan()
+    values = torch.where(present, values, 0.0).double()
+    return merge_responses(present.double(), values, torch.zeros_like(values), group_ids, process_group=process_group)
 
 
 def merge_responses(

@@ -5,20 +5,23 @@
 w comes from `loss_weights` over the whole optimizer step, so losses, gradients and metrics of micro-batches and ranks
 add up to the global mean. Log-ratios are clamped to [-20, 20] before exp, as frameworks do: exp(20) is finite in
 float32 with room to be multiplied, and a token so far off the policy it was sampled from gets no gradient.
-A new loss is one function and one line in `LOSSES`; it sees 0 at masked positions, whatever they held.
+A new loss is one function and one line in `LOSSES`; its keyword arguments are its options, and `reads("ref_log_probs")`
+says that it needs a field that may be None. It sees 0 at masked positions, whatever they held.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .aggregation import check_aggregation, loss_weights
+from .aggregation import AGGREGATIONS, loss_weights
 from .checks import check_finite, check_group_ids, check_mask, check_tokens
+from .registry import check_number, choose, complete_options, read_by
 
 MAX_LOG_RATIO = 20.0
 
@@ -35,6 +38,7 @@ class LossInputs:
     entropies: Tensor | None = None  # [N, T] float32, nats, current policy, with gradient; for entropy_coef
     ref_log_probs: Tensor | None = None  # [N, T] float32, reference policy; for kl_coef
     weights: Tensor | None = None  # [N, T] float32, from loss_weights; None: of this micro-batch alone
+    rollout_log_probs: Tensor | None = None  # [N, T] float32, the rollout engine's; for losses that read them
 
     def __post_init__(self) -> None:
         check_mask(self.mask)
@@ -45,35 +49,71 @@ class LossInputs:
 
     def token_fields(self) -> dict[str, Tensor]:
         """The [N, T] numbers that are present, by field name."""
-        names = ("log_probs", "old_log_probs", "advantages", "entropies", "ref_log_probs", "weights")
+        names = [field.name for field in fields(self) if field.name not in ("mask", "group_ids")]
         return {name: values for name in names if (values := getattr(self, name)) is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class LossSettings:
-    """The loss, by name and number. Construction raises ValueError naming a wrong field."""
+    """The loss by name, the settings that all losses share, and its own options: `LossSettings(eps_low=0.2)`.
 
-    loss: str = "clipped_surrogate"
-    eps_low: float = 0.2
-    eps_high: float = 0.28
-    aggregation: str = "token_mean"
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
+    Options that are not given have the defaults of the loss's signature. Construction runs the loss on one token, so a
+    value that the loss refuses is refused here.
 
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {self.kl_estimator!r}")
-        check_aggregation(self.aggregation)
-        for name in ("eps_low", "eps_high"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not (math.isfinite(self.kl_coef) and self.kl_coef >= 0):
-            raise ValueError(f"kl_coef must be finite and not negative, got {self.kl_coef}")
-        if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
+    Raises:
+        ValueError: one sentence that begins with the wrong setting.
+    """
+
+    loss: str
+    aggregation: str
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+    options: dict[str, Any]  # of this loss, complete
+
+    def __init__(
+        self,
+        loss: str = "clipped_surrogate",
+        *,
+        aggregation: str = "token_mean",
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k3",
+        entropy_coef: float = 0.0,
+        options: Mapping[str, Any] | None = None,
+        **named_options: Any,
+    ) -> None:
+        function = choose("loss", loss, LOSSES)
+        choose("aggregation", aggregation, AGGREGATIONS)
+        choose("kl_estimator", kl_estimator, KL_ESTIMATORS)
+        for name, value in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
+            check_number(name, value)
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        if kl_coef < 0:
+            raise ValueError(f"kl_coef must be finite and not negative, got {kl_coef}")
+        given = {**(options or {}), **named_options}
+        complete = complete_options(f"the loss {loss!r}", function, given, beside=self.shared_names())
+        vars(self).update(  # frozen: not by assignment
+            loss=loss,
+            aggregation=aggregation,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            entropy_coef=entropy_coef,
+            options=complete,
+        )
+        one = torch.ones(1, 1)
+        function(LossInputs(one, one, one, one.bool(), **dict.fromkeys(self.reads, one)), **complete)
+
+    @classmethod
+    def shared_names(cls) -> list[str]:
+        """The settings beside the loss's name that every loss has."""
+        return [field.name for field in fields(cls) if field.name not in ("loss", "options")]
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The optional fields of `LossInputs` that this loss needs, `weights` and `group_ids` aside."""
+        of_settings = {"ref_log_probs": self.kl_coef, "entropies": self.entropy_coef}
+        return read_by(LOSSES[self.loss]) | {name for name, coefficient in of_settings.items() if coefficient != 0}
 
 
 @dataclass(frozen=True)
@@ -87,15 +127,19 @@ class LossOutputs:
 TokenLoss = tuple[Tensor, dict[str, Tensor]]  # per-token loss [N, T], per-token metrics [N, T] by name
 
 
-def clipped_surrogate(inputs: LossInputs, settings: LossSettings) -> TokenLoss:
+def clipped_surrogate(inputs: LossInputs, *, eps_low: float = 0.2, eps_high: float = 0.28) -> TokenLoss:
     """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = pi / pi_old (EAPO, arXiv 2604.11056, Eq. 2).
 
     Metrics: where clipping takes the gradient away ("clip_fraction/low", "clip_fraction/high"), the ratio, and the k3
     estimate of KL(pi_old || pi) in nats.
     """
+    if not 0 < eps_low < 1:
+        raise ValueError(f"eps_low must be in (0, 1), got {eps_low}")
+    if not 0 < eps_high < math.inf:
+        raise ValueError(f"eps_high must be positive and finite, got {eps_high}")
     log_ratio = _clamp(inputs.log_probs - inputs.old_log_probs)
     ratio = log_ratio.exp()
-    low, high = 1 - settings.eps_low, 1 + settings.eps_high
+    low, high = 1 - eps_low, 1 + eps_high
     token_loss = -torch.minimum(ratio * inputs.advantages, ratio.clamp(low, high) * inputs.advantages)
     return token_loss, {
         "clip_fraction/low": (ratio < low) & (inputs.advantages < 0),
@@ -105,12 +149,12 @@ def clipped_surrogate(inputs: LossInputs, settings: LossSettings) -> TokenLoss:
     }
 
 
-def negative_log_likelihood(inputs: LossInputs, settings: LossSettings) -> TokenLoss:
+def negative_log_likelihood(inputs: LossInputs) -> TokenLoss:
     """-log pi of the given tokens: supervised warm start; the advantages and the old policy play no part."""
     return -inputs.log_probs, {}
 
 
-LOSSES: dict[str, Callable[[LossInputs, LossSettings], TokenLoss]] = {
+LOSSES: dict[str, Callable[..., TokenLoss]] = {  # fn(inputs, **options)
     "clipped_surrogate": clipped_surrogate,
     "negative_log_likelihood": negative_log_likelihood,
 }
@@ -154,17 +198,18 @@ def policy_loss_unchecked(inputs: LossInputs, settings: LossSettings) -> LossOut
     weights = inputs.weights
     if weights is None:
         weights = loss_weights(inputs.mask, inputs.group_ids, aggregation=settings.aggregation)
-    token_loss, token_metrics = LOSSES[settings.loss](inputs, settings)
+    for name in settings.reads:
+        if getattr(inputs, name) is None:
+            raise ValueError(f"{name} are needed by {settings}")
+    token_loss, token_metrics = LOSSES[settings.loss](inputs, **settings.options)
     token_metrics["loss/policy"] = token_loss
     if settings.kl_coef != 0:
-        if inputs.ref_log_probs is None:
-            raise ValueError("ref_log_probs are needed when kl_coef is not 0")
+        assert inputs.ref_log_probs is not None
         kl = KL_ESTIMATORS[settings.kl_estimator](inputs.log_probs, inputs.ref_log_probs)
         token_loss = token_loss + settings.kl_coef * kl
         token_metrics["loss/kl"] = kl
     if settings.entropy_coef != 0:
-        if inputs.entropies is None:
-            raise ValueError("entropies are needed when entropy_coef is not 0")
+        assert inputs.entropies is not None
         token_loss = token_loss - settings.entropy_coef * inputs.entropies
         token_metrics["loss/entropy"] = inputs.entropies
     metrics = {name: (weights * values.detach()).sum() for name, values in token_metrics.items()}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check_finite, check_group_ids, check_mask, check_rewards, check_tokens
+from .checks import check_finite, check_group_ids, check_mask, check_rewards, check_tokens, check_verdicts
 from .group_statistics import token_statistics
 
 QUADRANTS = ("phr", "plr", "nhr", "nlr")
@@ -34,10 +34,12 @@ def quadrant_masks(
     rewards: floating point [N]; entropies: float32 or float64 [N, T] in nats; mask: bool [N, T]; group_ids: int64 [N].
     mu_H is exact over the ranks of `process_group`: two collectives, none when it is None.
 
-    Raises ValueError for wrong shapes or dtypes and for values that are not finite under the mask.
+    Raises ValueError for wrong shapes or dtypes, for values that are not finite under the mask, and for a response
+    without a verdict (a reward of NaN) that has tokens under the mask.
     """
     check_mask(mask)
     check_rewards(rewards, len(mask))
+    check_verdicts(rewards, mask)
     check_group_ids(group_ids, len(mask))
     check_tokens("entropies", entropies, mask)
     check_finite("entropies", entropies, mask)
@@ -46,7 +48,7 @@ def quadrant_masks(
 
 
 def split_quadrants(
-    rewards: Tensor, entropies: Tensor, mask: Tensor, mean_entropies: Tensor, *, positive_threshold: float = 0.0
+    rewards: Tensor, entropies: Tensor, mask: Tensor, mean_entropies: Tensor, *, positive_threshold: float
 ) -> dict[str, Tensor]:
     """The quadrant masks, given each response's mu_H (float64 [N])."""
     high = entropies >= mean_entropies[:, None]

@@ -3,12 +3,12 @@
 EAPO (arXiv 2604.11056, Sec. 5) and the methods it is compared with (Sec. 6), each a function from `ShapingInputs` to
 advantages [N, T], chosen by name. The shaped advantage replaces A in the policy loss; nothing else of the method
 changes. Shapings never carry a gradient. Entropies are the old policy's, from the forward that yields its log-probs;
-passing the current policy's is as valid. A new shaping is one function and one line in `SHAPINGS`.
+passing the current policy's is as valid. A new shaping is one function and one line in `SHAPINGS`; its keyword
+arguments are its options, and `reads("entropies")` says that it needs the entropies.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check_finite, check_group_ids, check_mask, check_rewards, check_tokens
+from .checks import check_finite, check_group_ids, check_mask, check_rewards, check_tokens, check_verdicts
 from .group_statistics import token_statistics
 from .quadrants import check_quadrant_names, quadrant_masks, split_quadrants
+from .registry import choose, complete_options, reads
 from .top_tokens import top_tokens
 
 
@@ -32,6 +33,7 @@ def eapo_advantages(
     alpha: float = 0.2,
     phi: float = 2.0,
     rewards: Tensor | None = None,
+    positive_threshold: float = 0.0,
     without: Sequence[str] = (),
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -40,11 +42,12 @@ def eapo_advantages(
     mu_H and sigma_H (population) are those of all response tokens of the prompt's group, exact over the ranks of
     `process_group`: two collectives, none when it is None. A group of constant entropy keeps A.
     advantages, entropies (nats): float32 or float64 [N, T]; mask: bool [N, T]; group_ids: int64 [N]; returns [N, T] in
-    the dtype of `advantages`, 0 outside the mask. Tokens of the quadrants named in `without` keep A (Table 3);
-    their polarity comes from `rewards` [N].
+    the dtype of `advantages`, 0 outside the mask. Tokens of the quadrants named in `without` keep A (Table 3); they are
+    positive where the response's reward, of `rewards` [N], exceeds `positive_threshold`.
 
     Raises ValueError for alpha outside (0, 1], phi <= alpha, an unknown quadrant, `without` without `rewards`, wrong
-    shapes or dtypes, and values that are not finite under the mask.
+    shapes or dtypes, values that are not finite under the mask, and a response without a verdict (a reward of NaN) that
+    has tokens under the mask.
     """
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha must be in (0, 1], got {alpha}")
@@ -56,6 +59,7 @@ def eapo_advantages(
     check_mask(mask)
     if rewards is not None:
         check_rewards(rewards, len(mask))
+        check_verdicts(rewards, mask)
     check_group_ids(group_ids, len(mask))
     for name, values in (("advantages", advantages), ("entropies", entropies)):
         check_tokens(name, values, mask)
@@ -66,7 +70,7 @@ def eapo_advantages(
     bound = advantages.abs() / phi
     entropy_term = torch.where(std > 0, (entropies - mean) / std, 0.0).clamp(-bound, bound)
     if without and rewards is not None:
-        quadrants = split_quadrants(rewards, entropies, mask, statistics.mean)
+        quadrants = split_quadrants(rewards, entropies, mask, statistics.mean, positive_threshold=positive_threshold)
         for quadrant in without:
             entropy_term = torch.where(quadrants[quadrant], 0.0, entropy_term)
     shaped = advantages + alpha * advantages.sign() * entropy_term
@@ -81,13 +85,15 @@ class ShapingInputs:
     entropies: Tensor  # [N, T] float32 or float64, nats, of the old policy
     mask: Tensor  # [N, T] bool, response tokens
     group_ids: Tensor  # [N] int64, equal for the responses to one prompt
-    rewards: Tensor  # [N] floating point
+    rewards: Tensor  # [N] floating point; NaN (no verdict) only where the mask has no token of the response
     log_probs: Tensor  # [N, T] float32 or float64, of the sampled tokens under the old policy
+    positive_threshold: float = 0.0  # a response is correct when its reward exceeds it
 
     def __post_init__(self) -> None:
         check_mask(self.mask)
         check_group_ids(self.group_ids, len(self.mask))
         check_rewards(self.rewards, len(self.mask))
+        check_verdicts(self.rewards, self.mask)
         for name in ("advantages", "entropies", "log_probs"):
             check_tokens(name, getattr(self, name), self.mask)
             check_finite(name, getattr(self, name), self.mask)
@@ -101,6 +107,7 @@ def none(inputs: ShapingInputs, *, process_group: dist.ProcessGroup | None = Non
     return torch.where(inputs.mask, inputs.advantages, 0.0)
 
 
+@reads("entropies")
 def eapo(
     inputs: ShapingInputs,
     *,
@@ -118,11 +125,13 @@ def eapo(
         alpha=alpha,
         phi=phi,
         rewards=inputs.rewards,
+        positive_threshold=inputs.positive_threshold,
         without=without,
         process_group=process_group,
     )
 
 
+@reads("entropies")
 def entropy_advantage(
     inputs: ShapingInputs, *, process_group: dist.ProcessGroup | None = None, a: float = 0.4, kappa: float = 2.0
 ) -> Tensor:
@@ -135,6 +144,7 @@ def entropy_advantage(
     return torch.where(inputs.mask, inputs.advantages + bonus, 0.0).to(inputs.advantages.dtype)
 
 
+@reads("entropies")
 def forking_tokens(
     inputs: ShapingInputs, *, process_group: dist.ProcessGroup | None = None, fraction: float = 0.2
 ) -> Tensor:
@@ -145,6 +155,7 @@ def forking_tokens(
     return torch.where(forking, inputs.advantages, 0.0)
 
 
+@reads("entropies")
 def quadrant(
     inputs: ShapingInputs, *, process_group: dist.ProcessGroup | None = None, only: Sequence[str] = ("phr",)
 ) -> Tensor:
@@ -153,7 +164,14 @@ def quadrant(
     The loss denominator stays that of all response tokens, so the four quadrants' losses sum to GRPO's.
     """
     check_quadrant_names("only", only)
-    masks = quadrant_masks(inputs.rewards, inputs.entropies, inputs.mask, inputs.group_ids, process_group=process_group)
+    masks = quadrant_masks(
+        inputs.rewards,
+        inputs.entropies,
+        inputs.mask,
+        inputs.group_ids,
+        positive_threshold=inputs.positive_threshold,
+        process_group=process_group,
+    )
     kept = torch.zeros_like(inputs.mask)
     for name in only:
         kept = kept | masks[name]
@@ -178,12 +196,5 @@ def shape_advantages(
     At most two collectives over `process_group`, none when it is None.
     Raises ValueError for an unknown shaping or option, listing the known ones, and for options out of range.
     """
-    if name not in SHAPINGS:
-        raise ValueError(f"shaping must be one of {', '.join(SHAPINGS)}, got {name!r}")
-    known = [
-        option for option in inspect.signature(SHAPINGS[name]).parameters if option not in ("inputs", "process_group")
-    ]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"shaping {name!r} has the options {known}, got {option!r}")
-    return SHAPINGS[name](inputs, process_group=process_group, **options)
+    shaping = choose("shaping", name, SHAPINGS)
+    return shaping(inputs, process_group=process_group, **complete_options(f"the shaping {name!r}", shaping, options))

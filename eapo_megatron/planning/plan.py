@@ -15,7 +15,6 @@ from eapo_megatron.planning.search import smallest_layout
 from eapo_megatron.planning.shape import model_shape
 from eapo_megatron.planning.work import Work, step_work
 from eapo_megatron.policy.layout_checks import check_layout, check_lengths
-from eapo_megatron.training.preflight import check_algorithm
 from eapo_megatron.weights.families.public_configs import PUBLIC_CONFIGS
 from eapo_megatron.weights.huggingface import checked_hf_config, hf_config_of
 
@@ -44,7 +43,6 @@ def make_plan(recipe: Recipe, *, source: str) -> Plan:
         RecipeError: one sentence naming the key or the file, for what training would refuse too.
     """
     hf_config, config_source = find_hf_config(recipe, source=source)
-    check_algorithm(recipe)
     check_layout(recipe.parallel, hf_config, recipe.cluster.world_size)
     check_lengths(recipe, hf_config)
     shape = model_shape(hf_config)

@@ -14,7 +14,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from eapo_megatron.algorithms import LossInputs, LossSettings, policy_loss_unchecked
+from eapo_megatron.algorithms import Algorithm, LossInputs
 from eapo_megatron.policy.batching import Batch, MicroBatch, TokenData, data_parallel_share, micro_batches
 from eapo_megatron.policy.optimizer import PolicyOptimizer
 from eapo_megatron.policy.policy_model import HeadTargets, Policy
@@ -58,20 +58,20 @@ class PolicyWorker:
         return results[0], results[1]
 
     def update(
-        self, batch: Batch, rows: Sequence[int], optimizer: PolicyOptimizer, settings: LossSettings, tokens: TokenData
+        self, batch: Batch, rows: Sequence[int], optimizer: PolicyOptimizer, algorithm: Algorithm, tokens: TokenData
     ) -> Update:
         """One optimizer step on `rows` of the batch.
 
         `tokens.weights` are each token's share of the loss denominator of this step (`loss_weights`), so gradients do
         not depend on how rows are divided. A NaN or Inf in the loss or a gradient leaves the policy as it was.
         """
-        metrics = self.accumulate(batch, rows, settings, tokens)
+        metrics = self.accumulate(batch, rows, algorithm, tokens)
         lr = optimizer.lr
         applied, norm = optimizer.step(loss_is_finite=math.isfinite(metrics["loss/policy"]))
         return Update(applied, {**metrics, "grad_norm": norm, "lr": lr})
 
     def accumulate(
-        self, batch: Batch, rows: Sequence[int], settings: LossSettings, tokens: TokenData
+        self, batch: Batch, rows: Sequence[int], algorithm: Algorithm, tokens: TokenData
     ) -> dict[str, float]:
         """Forward and backward over `rows`: global gradients in main_grad, global sums of the loss's metrics."""
 
@@ -81,15 +81,13 @@ class PolicyWorker:
             log_probs, entropies = (micro.to_responses(values) for values in outputs)
             own = tokens.of(micro.rows_in_batch, micro.mask.shape[1]).known()
             of_loss = {name: values for name, values in own.items() if name in LOSS_FIELDS}
-            result = policy_loss_unchecked(
-                LossInputs(log_probs=log_probs, entropies=entropies, mask=micro.mask, **of_loss), settings
-            )
+            result = algorithm.loss(LossInputs(log_probs=log_probs, entropies=entropies, mask=micro.mask, **of_loss))
             # The schedule holds on to both: no token count (gradients are already normalised), and the metrics.
             return result.loss, _nothing(outputs).int(), result.metrics
 
         self.policy.zero_grad()
         outputs = self._run(
-            self._micro_batches(batch, rows), loss, forward_only=False, entropy_grad=settings.entropy_coef != 0
+            self._micro_batches(batch, rows), loss, forward_only=False, entropy_grad=algorithm.needs.entropy_grad
         )
         local: Counter[str] = Counter()
         if self.policy.runtime.reports_last_stage:

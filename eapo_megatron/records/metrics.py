@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from eapo_megatron.algorithms import quadrant_masks, quadrant_metrics, quadrant_statistics
+from eapo_megatron.algorithms import Algorithm
 from eapo_megatron.policy.batching import Batch
 from eapo_megatron.policy.worker import Update
 
 
-def batch_metrics(batch: Batch, old_log_probs: Tensor, entropies: Tensor, advantages: Tensor) -> dict[str, float]:
+def batch_metrics(
+    algorithm: Algorithm, batch: Batch, old_log_probs: Tensor, entropies: Tensor, advantages: Tensor
+) -> dict[str, float]:
     """Rewards, lengths, entropies (nats) and the four quadrants of the batch that is trained on."""
     mask, lengths = batch.mask, batch.mask.sum(dim=-1)
     tokens = int(lengths.sum())
-    quadrants = quadrant_masks(batch.rewards, entropies, mask, batch.group_ids)
     log_prob_gap = (old_log_probs - batch.rollout_log_probs).abs() * mask
     return {
         "reward/mean": float(batch.rewards.double().mean()),
@@ -23,10 +24,8 @@ def batch_metrics(batch: Batch, old_log_probs: Tensor, entropies: Tensor, advant
         "response_length/max": float(lengths.max()),
         "response_length/total": tokens,
         "response_length/truncated_share": float((~batch.finished).double().mean()),
-        "entropy/mean": float((entropies.double() * mask).sum()) / tokens,
-        "advantage/mean_abs": float((advantages.double().abs() * mask).sum()) / tokens,
         "rollout/log_prob_gap": float(log_prob_gap.double().sum()) / tokens,
-        **quadrant_metrics(quadrant_statistics(quadrants, entropies, advantages)),
+        **algorithm.metrics(batch.rewards, batch.group_ids, mask, entropies=entropies, advantages=advantages),
     }
 
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from eapo_megatron.algorithms import ShapingInputs, group_advantages, loss_weights, shape_advantages
 from eapo_megatron.evaluation.evaluate import evaluate
 from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
 from eapo_megatron.policy.worker import Update
@@ -66,12 +65,12 @@ def train(run: Run) -> dict[str, Any]:
 
 def train_step(run: Run) -> dict[str, float]:
     """One rollout batch and its optimizer steps -> metrics."""
-    recipe, algorithm = run.recipe, run.recipe.algorithm
+    recipe, algorithm = run.recipe, run.ingredients.algorithm
     with run.timer("rollout"):
         collected = collect(run.sampler, run.ingredients.train, recipe, run.progress.position)
         record_samples(run, collected)
     run.progress.position = collected.position
-    metrics, groups = collected.metrics(recipe.reward.positive_threshold), collected.groups
+    metrics, groups = collected.metrics(algorithm.positive_threshold), collected.groups
     if not groups.prompts:
         run.progress.skipped_steps += 1
         return metrics
@@ -88,32 +87,25 @@ def train_step(run: Run) -> dict[str, float]:
         count_update(run, Update(applied=False, metrics={}))
         return metrics
     with run.timer("advantages"):
-        group_advantage = group_advantages(batch.rewards, batch.group_ids, estimator=algorithm.advantage_estimator)
-        inputs = ShapingInputs(
-            advantages=group_advantage.unsqueeze(-1) * batch.mask,
-            entropies=entropies,
-            mask=batch.mask,
-            group_ids=batch.group_ids,
-            rewards=batch.rewards,
-            log_probs=old_log_probs,
+        advantages = algorithm.advantages(
+            batch.rewards, batch.group_ids, batch.mask, log_probs=old_log_probs, entropies=entropies
         )
-        advantages = shape_advantages(algorithm.shaping.name, inputs, **algorithm.shaping.options)
     updates = []
     with run.timer("update"):
         for rows in mini_batches(batch, recipe.train.mini_batch_prompts):
             tokens = TokenData(
-                weights=loss_weights(batch.mask_of(rows), batch.group_ids, aggregation=algorithm.loss.aggregation),
+                weights=algorithm.weights(batch.mask_of(rows), batch.group_ids),
                 advantages=advantages,
                 old_log_probs=old_log_probs,
                 old_entropies=entropies,
                 rollout_log_probs=batch.rollout_log_probs,
             )
-            updates.append(run.worker.update(batch, rows, run.optimizer, run.ingredients.loss, tokens))
+            updates.append(run.worker.update(batch, rows, run.optimizer, algorithm, tokens))
             count_update(run, updates[-1])
     with run.timer("weight_sync"):
         run.update_engine()
     run.progress.response_tokens += int(batch.mask.sum())
-    return metrics | batch_metrics(batch, old_log_probs, entropies, advantages) | mean_of_updates(updates)
+    return metrics | batch_metrics(algorithm, batch, old_log_probs, entropies, advantages) | mean_of_updates(updates)
 
 
 def record_samples(run: Run, collected: Collected) -> None:
@@ -145,9 +137,7 @@ def evaluation_metrics(run: Run) -> dict[str, float]:
     if not prompts:
         return {}
     with run.timer("evaluation"):
-        rate = evaluate(run.sampler, prompts, recipe.evaluation, recipe.seed).solve_rate(
-            recipe.reward.positive_threshold
-        )
+        rate = evaluate(run.sampler, prompts, recipe.evaluation, recipe.seed).solve_rate(algorithm.positive_threshold)
     run.progress.evaluations[str(run.progress.step)] = rate
     return {"held_out/solve_rate": rate}
 

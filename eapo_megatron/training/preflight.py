@@ -10,15 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from eapo_megatron.algorithms import (
-    AGGREGATIONS,
-    ESTIMATORS,
-    LossSettings,
-    ShapingInputs,
-    shape_advantages,
-)
+from eapo_megatron.algorithms import Algorithm
 from eapo_megatron.config import Data, Recipe, RecipeError
 from eapo_megatron.data import (
     LAYOUTS,
@@ -52,7 +44,7 @@ class Ingredients:
     train: PromptSet
     evaluation: list[Prompt]
     dropped: dict[str, dict[str, int]]  # records left out of "train" and "evaluation", by reason
-    loss: LossSettings
+    algorithm: Algorithm
 
     def describe_dropped(self) -> str:
         """What was left out, in words."""
@@ -70,7 +62,6 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
     """
     try:
         check_engine(recipe.rollout.engine)
-        loss = check_algorithm(recipe)
         hf_config = hf_config_of(recipe.model, source=source)
         check_layout(recipe.parallel, hf_config, world_size)
         check_lengths(recipe, hf_config)
@@ -85,37 +76,7 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         raise
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
-    return Ingredients(hf_config, tokenizer, train, evaluation, dropped, loss)
-
-
-def check_algorithm(recipe: Recipe) -> LossSettings:
-    """The loss's settings, after trying estimator, shaping and aggregation by name with their options."""
-    algorithm = recipe.algorithm
-    if algorithm.advantage_estimator not in ESTIMATORS:
-        raise RecipeError(
-            f"algorithm.advantage_estimator must be one of {', '.join(ESTIMATORS)}, "
-            f"got {algorithm.advantage_estimator!r}"
-        )
-    if algorithm.loss.aggregation not in AGGREGATIONS:
-        raise RecipeError(
-            f"algorithm.loss.aggregation must be one of {', '.join(AGGREGATIONS)}, got {algorithm.loss.aggregation!r}"
-        )
-    one = torch.zeros(1, 1)
-    inputs = ShapingInputs(one, one, one.bool(), one[0].long(), rewards=one[0], log_probs=one)
-    try:
-        shape_advantages(algorithm.shaping.name, inputs, **algorithm.shaping.options)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"algorithm.shaping: {error}") from error
-    try:
-        return LossSettings(
-            loss=algorithm.loss.name,
-            eps_low=algorithm.loss.eps_low,
-            eps_high=algorithm.loss.eps_high,
-            aggregation=algorithm.loss.aggregation,
-            entropy_coef=algorithm.loss.entropy_coef,
-        )
-    except ValueError as error:
-        raise RecipeError(f"algorithm.loss: {error}") from error
+    return Ingredients(hf_config, tokenizer, train, evaluation, dropped, recipe.make_algorithm())
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

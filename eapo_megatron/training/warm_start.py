@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from eapo_megatron.algorithms import LossSettings, loss_weights
+from eapo_megatron.algorithms import Algorithm, LossSettings
 from eapo_megatron.config import Optimizer, Recipe
 from eapo_megatron.data import Prompt, prompt_indices
 from eapo_megatron.policy.batching import Batch, TokenData, make_batch
@@ -21,7 +21,7 @@ from eapo_megatron.records.records import Records
 from eapo_megatron.saved_recipe import experiment, fingerprint
 from eapo_megatron.training.preflight import Ingredients
 
-LOSS = LossSettings(loss="negative_log_likelihood")
+SUPERVISED = Algorithm(loss_settings=LossSettings("negative_log_likelihood"))
 
 
 def warm_start(recipe: Recipe, ingredients: Ingredients, worker: PolicyWorker, records: Records | None) -> None:
@@ -46,10 +46,10 @@ def warm_start(recipe: Recipe, ingredients: Ingredients, worker: PolicyWorker, r
     for step in range(settings.steps):
         drawn = prompt_indices(recipe.seed, step * settings.batch_size, settings.batch_size, len(solved))
         batch = _batch([solved[index] for index in drawn], ingredients, worker)
-        weights = loss_weights(batch.mask, batch.group_ids)
+        weights = SUPERVISED.weights(batch.mask, batch.group_ids)
         unused = torch.zeros_like(weights)
         tokens = TokenData(weights=weights, advantages=unused, old_log_probs=unused)
-        update = worker.update(batch, range(batch.size), optimizer, LOSS, tokens)
+        update = worker.update(batch, range(batch.size), optimizer, SUPERVISED, tokens)
         if records is not None:
             records.advance("warm start", step + 1, settings.steps, f"loss {update.metrics['loss/policy']:.3f}")
     save_weights(cache, worker.policy)

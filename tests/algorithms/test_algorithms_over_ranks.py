@@ -16,6 +16,7 @@ from torch import Tensor
 from eapo_megatron.algorithms import (
     AGGREGATIONS,
     SHAPINGS,
+    Algorithm,
     LossInputs,
     LossSettings,
     ShapingInputs,
@@ -40,6 +41,8 @@ ROWS = ([7, 0, 3, 5], [], [1, 2, 4, 6, 8])  # of the whole batch, by rank
 EXTRA_TOKENS = (0, 0, 2)  # more padding on one rank
 EXPECTED_COLLECTIVES = {
     "group_advantages": 2,
+    "advantages without verdicts": 4,
+    "weights without verdicts": 2,
     "eapo_advantages": 2,
     "without": 2,
     "quadrant_masks": 2,
@@ -87,7 +90,22 @@ def computations(batch: Batch, process_group: dist.ProcessGroup | None) -> dict[
         outputs = policy_loss(fields, LossSettings())
         return torch.stack([outputs.loss, *outputs.metrics.values()])
 
+    judged = batch.mask.sum(dim=1) % 3 != 1
+    verdicts, judged_mask = torch.where(judged, rewards, torch.nan), batch.mask & judged[:, None]
+    algorithm = Algorithm(loss_settings=LossSettings(aggregation="group_token_mean"))
+
     return {
+        "advantages without verdicts": lambda: algorithm.advantages(
+            verdicts,
+            batch.group_ids,
+            judged_mask,
+            log_probs=log_probs,
+            entropies=batch.entropies,
+            process_group=process_group,
+        ),
+        "weights without verdicts": lambda: algorithm.weights(
+            judged_mask, batch.group_ids, process_group=process_group
+        ),
         "group_advantages": lambda: group_advantages(rewards, batch.group_ids, process_group=process_group),
         "eapo_advantages": lambda: eapo_advantages(advantages, *tokens, process_group=process_group),
         "without": lambda: eapo_advantages(

@@ -1,5 +1,6 @@
 import math
-from dataclasses import replace
+import pickle
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -22,6 +23,15 @@ from eapo_megatron.algorithms import (
 )
 
 EVERYTHING = LossSettings(kl_coef=0.3, entropy_coef=0.05)
+TOKEN_FIELDS = (
+    "log_probs",
+    "old_log_probs",
+    "advantages",
+    "entropies",
+    "ref_log_probs",
+    "weights",
+    "rollout_log_probs",
+)
 
 
 def loss_inputs(batch: Batch, seed: int, spread: float = 0.5) -> LossInputs:
@@ -53,10 +63,11 @@ def reference_terms(inputs: LossInputs, loss_settings: LossSettings, i: int, t: 
             inputs.ref_log_probs,
         )
     )
-    ratio, low, high = math.exp(log_prob - old), 1 - loss_settings.eps_low, 1 + loss_settings.eps_high
+    ratio = math.exp(log_prob - old)
     if loss_settings.loss == "negative_log_likelihood":
         terms, slope = {"loss/policy": -log_prob}, -1.0
     else:
+        low, high = 1 - loss_settings.options["eps_low"], 1 + loss_settings.options["eps_high"]
         clipped_low, clipped_high = ratio < low and advantage < 0, ratio > high and advantage > 0
         terms = {
             "loss/policy": -min(ratio * advantage, min(max(ratio, low), high) * advantage),
@@ -92,7 +103,8 @@ def reference_terms(inputs: LossInputs, loss_settings: LossSettings, i: int, t: 
     entropy_coef=st.sampled_from([0.0, 0.05]),
 )
 def test_loss_gradient_and_metrics_match_the_formulas(batch: Batch, seed: int, **named: object) -> None:
-    loss_settings = LossSettings(**named)  # type: ignore[arg-type]
+    options = {"eps_low": 0.1, "eps_high": 0.4} if named["loss"] == "clipped_surrogate" else {}
+    loss_settings = LossSettings(**named, **options)
     inputs = loss_inputs(batch, seed)
     outputs = policy_loss(inputs, loss_settings)
     log_prob_gradient, entropy_gradient = torch.autograd.grad(
@@ -122,7 +134,7 @@ def test_micro_batches_add_up_to_the_whole(batch: Batch, seed: int, aggregation:
     whole = policy_loss(inputs, loss_settings)
     weights = loss_weights(batch.mask, batch.group_ids, aggregation=aggregation)
     totals = dict.fromkeys([*whole.metrics, "loss"], 0.0)
-    fields = {name: getattr(inputs, name) for name in LossInputs.__dataclass_fields__} | {"weights": weights}
+    fields = {"mask": inputs.mask, "group_ids": inputs.group_ids, **inputs.token_fields(), "weights": weights}
     for rows in (slice(0, 1), slice(1, None)):
         part = policy_loss(LossInputs(**{name: values[rows] for name, values in fields.items()}), loss_settings)
         for name, value in {**part.metrics, "loss": part.loss}.items():
@@ -179,10 +191,7 @@ def test_extreme_log_ratios_give_finite_losses_and_gradients(log_ratio: float, a
 
 
 def test_only_the_current_policy_receives_gradients() -> None:
-    fields = {
-        name: torch.full((1, 2), -0.5, requires_grad=True)
-        for name in ("log_probs", "old_log_probs", "advantages", "entropies", "ref_log_probs", "weights")
-    }
+    fields = {name: torch.full((1, 2), -0.5, requires_grad=True) for name in TOKEN_FIELDS}
     policy_loss(LossInputs(mask=torch.ones(1, 2, dtype=torch.bool), **fields), EVERYTHING).loss.backward()
     assert [name for name, values in fields.items() if values.grad is not None] == ["log_probs", "entropies"]
 
@@ -199,9 +208,8 @@ def test_a_batch_without_tokens_has_loss_0_and_gradient_0() -> None:
 
 def test_bad_inputs_are_refused_by_name() -> None:
     tokens, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    inputs = LossInputs(tokens, tokens, tokens, mask, torch.tensor([1, 2]), tokens, tokens, tokens)
-    fields = ("log_probs", "old_log_probs", "advantages", "entropies", "ref_log_probs", "weights")
-    for field in fields:
+    inputs = LossInputs(mask=mask, group_ids=torch.tensor([1, 2]), **dict.fromkeys(TOKEN_FIELDS, tokens))
+    for field in TOKEN_FIELDS:
         with pytest.raises(ValueError, match=f"{field} must have the mask's shape"):
             replace(inputs, **{field: torch.zeros(2, 4)})
         with pytest.raises(ValueError, match=f"{field} must be float32 or float64, got torch.bfloat16"):
@@ -209,7 +217,8 @@ def test_bad_inputs_are_refused_by_name() -> None:
         broken = replace(inputs, **{field: tokens.clone().index_fill(1, torch.tensor([1]), float("nan"))})
         with pytest.raises(ValueError, match=f"^{field} must be finite"):
             policy_loss(broken, EVERYTHING)
-        assert math.isnan(policy_loss_unchecked(broken, EVERYTHING).loss)
+        if field != "rollout_log_probs":  # which this loss does not read
+            assert math.isnan(policy_loss_unchecked(broken, EVERYTHING).loss)
     for field, loss_settings in (
         ("ref_log_probs", LossSettings(kl_coef=0.1)),
         ("entropies", LossSettings(entropy_coef=0.1)),
@@ -227,6 +236,11 @@ def test_bad_inputs_are_refused_by_name() -> None:
     [
         ("loss", "gspo2"),
         ("eps_low", 0.0),
+        ("eps_low", 1.0),
+        ("eps_low", "much"),
+        ("eps_low", True),
+        ("kl_coef", "much"),
+        ("eps_high", float("inf")),
         ("eps_high", -0.1),
         ("eps_high", float("nan")),
         ("aggregation", "mean"),
@@ -239,3 +253,20 @@ def test_bad_inputs_are_refused_by_name() -> None:
 def test_bad_settings_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{field} must be .*got {value!r}"):
         LossSettings(**{field: value})  # type: ignore[arg-type]
+
+
+def test_settings_hold_the_losses_options_and_no_others() -> None:
+    assert LossSettings() == LossSettings(eps_low=0.2, eps_high=0.28)
+    assert LossSettings("negative_log_likelihood").options == {}
+    changed = replace(LossSettings(eps_high=0.3), aggregation="group_token_mean", eps_low=0.1)
+    assert changed.options == {"eps_low": 0.1, "eps_high": 0.3}
+    assert changed.aggregation == "group_token_mean"
+    assert pickle.loads(pickle.dumps(changed)) == changed
+    for arguments, message in (
+        ({"eps_lo": 0.2}, r"^eps_lo is not a key of the loss .* \(did you mean eps_low\?\): .* eps_low, eps_high$"),
+        ({"loss": "negative_log_likelihood", "eps_low": 0.2}, "^eps_low is not a key of the loss 'negative_log_lik"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LossSettings(**arguments)
+    with pytest.raises(FrozenInstanceError):
+        changed.kl_coef = 0.1  # type: ignore[misc]

@@ -67,6 +67,7 @@ def test_metrics_of_summed_parts_are_those_of_the_whole(batch: Batch) -> None:
         ({"entropies": torch.ones(2, 3, dtype=torch.bfloat16)}, "entropies must be float32 or float64"),
         ({"entropies": torch.full((2, 3), float("inf"))}, "entropies must be finite"),
         ({"rewards": torch.ones(3)}, "rewards must have shape"),
+        ({"rewards": torch.tensor([1.0, math.nan])}, "rewards must not be NaN .*: response 1"),
         ({"group_ids": torch.ones(2)}, "group_ids must be int64"),
     ],
 )

@@ -140,8 +140,13 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
     )  # fmt: skip
     for options, message in (
         ({"name": "hapo"}, "shaping must be one of none, eapo, .*, got 'hapo'"),
-        ({"name": "eapo", "beta": 1.0}, r"shaping 'eapo' has the options \['alpha', 'phi', 'without'\], got 'beta'"),
-        ({"name": "none", "alpha": 0.2}, r"shaping 'none' has the options \[\], got 'alpha'"),
+        (
+            {"name": "eapo", "beta": 1.0},
+            "^beta is not a key of the shaping 'eapo': the known ones are alpha, phi, without$",
+        ),
+        ({"name": "eapo", "alhpa": 0.2}, r"^alhpa is not a key of the shaping 'eapo' \(did you mean alpha\?\): "),
+        ({"name": "eapo", "alpha": "much"}, "^alpha must be a number, got 'much'$"),
+        ({"name": "none", "alpha": 0.2}, "^alpha is not a key of the shaping 'none': it has none$"),
         ({"name": "quadrant", "only": ["phl"]}, "only must hold names among phr, plr, nhr, nlr, got 'phl'"),
         ({"name": "forking_tokens", "fraction": 0.0}, "fraction must be in"),
         ({"name": "entropy_advantage", "kappa": 1.0}, "kappa must be larger than 1"),
@@ -154,6 +159,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         ("log_probs", torch.full((1, 2), float("nan")), "log_probs must be finite"),
         ("entropies", torch.ones(1, 3), "entropies must have the mask's shape"),
         ("rewards", torch.ones(2), "rewards must have shape"),
+        ("rewards", torch.tensor([math.nan]), "rewards must not be NaN where .* under the mask: response 0"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(inputs, **{field: value})
@@ -168,6 +174,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         ({"phi": 0.2}, "phi must be larger than alpha"),
         ({"without": ["phr"]}, "rewards are needed"),
         ({"without": ["all"], "rewards": torch.ones(1)}, "without must hold names among"),
+        ({"without": ["phr"], "rewards": torch.tensor([math.nan])}, "rewards must not be NaN"),
         ({"advantages": torch.full((1, 2), float("nan"))}, "advantages must be finite"),
         ({"entropies": torch.full((1, 2), float("nan"))}, "entropies must be finite"),
         ({"mask": torch.ones(1, 2)}, "mask must be boolean"),

@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from eapo_megatron.algorithms import LOSSES, LossInputs, reads
 from eapo_megatron.integrations.nemo_aligner import check_config, read_answers
 from eapo_megatron.integrations.nemo_aligner.trainer import prompt_groups, response_mask
 
@@ -38,9 +39,10 @@ def test_every_configuration_is_sound(name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.reinforce.algorithm.shaping.name=hapo", "trainer.reinforce.algorithm.shaping: "),
+        ("trainer.reinforce.algorithm.shaping.name=hapo", "trainer.reinforce.algorithm.shaping.name must be one of"),
         ("trainer.reinforce.algorithm.advantage_estimator=gae", "trainer.reinforce.algorithm.advantage_estimator must"),
-        ("trainer.reinforce.algorithm.loss.eps_low=0", "trainer.reinforce.algorithm.loss: eps_low must be positive"),
+        ("trainer.reinforce.algorithm.loss.eps_low=0", "trainer.reinforce.algorithm.loss.eps_low must be in"),
+        ("+trainer.reinforce.algorithm.loss.clip=0.2", "trainer.reinforce.algorithm.loss.clip is not a key of"),
         ("trainer.reinforce.initial_policy_kl_penalty=0.1", "trainer.reinforce.initial_policy_kl_penalty must be"),
         ("trainer.reinforce.num_rollouts_per_prompt=1", "trainer.reinforce.num_rollouts_per_prompt is 1"),
         ("model.global_batch_size=100", "model.global_batch_size 100 must be a multiple of"),
@@ -50,6 +52,18 @@ def test_every_configuration_is_sound(name: str) -> None:
 def test_a_wrong_key_is_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         check_config(configuration("gpt_eapo_actor", override))
+
+
+@pytest.mark.parametrize("field", ["rollout_log_probs", "ref_log_probs"])
+def test_a_loss_that_reads_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    @reads(field)
+    def gap(inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return inputs.log_probs - getattr(inputs, field), {}
+
+    monkeypatch.setitem(LOSSES, "gap", gap)
+    key = "trainer.reinforce.algorithm.loss"
+    with pytest.raises(ValueError, match=rf"^{key} needs log-probs of the (rollouts|initial policy), which"):
+        check_config(configuration("gpt_eapo_actor", f"{key}.name=gap", f"~{key}.eps_low", f"~{key}.eps_high"))
 
 
 def test_equal_prompts_are_a_group_whatever_pads_them() -> None:

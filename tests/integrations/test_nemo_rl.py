@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from eapo_megatron.algorithms import LossSettings
+from eapo_megatron.algorithms import LOSSES, Algorithm, LossInputs, LossSettings, reads
 from eapo_megatron.integrations.nemo_rl import EAPOAdvantageEstimator, EAPOLossFn
 from eapo_megatron.integrations.nemo_rl.entropies import token_entropies
 
@@ -88,7 +88,7 @@ def valid(data: BatchedDataDict) -> Tensor:
 def test_micro_batches_add_up_to_the_loss(aggregation: str, kl_coef: float) -> None:
     data = random_data()
     log_probs = (data["prev_logprobs"][:, 1:] + torch.linspace(-0.5, 0.5, 10)).requires_grad_()
-    loss_fn = EAPOLossFn(LossSettings(aggregation=aggregation, kl_coef=kl_coef))
+    loss_fn = EAPOLossFn(Algorithm(loss_settings=LossSettings(aggregation=aggregation, kl_coef=kl_coef)))
     mask = valid(data)
     counts = {"global_valid_seqs": data["sample_mask"].sum(), "global_valid_toks": mask.sum()}
     loss = torch.zeros(())
@@ -126,21 +126,36 @@ def test_micro_batches_add_up_to_the_loss(aggregation: str, kl_coef: float) -> N
 
 
 def test_the_loss_names_its_protocol() -> None:
-    loss_fn = EAPOLossFn(LossSettings())
+    loss_fn = EAPOLossFn(Algorithm())
     assert (loss_fn.loss_type, loss_fn.input_type) == (LossType.TOKEN_LEVEL, LossInputType.LOGPROB)
-    assert EAPOLossFn(LossSettings(aggregation="seq_mean_token_mean")).loss_type == LossType.SEQUENCE_LEVEL
+    by_sequence = Algorithm(loss_settings=LossSettings(aggregation="seq_mean_token_mean"))
+    assert EAPOLossFn(by_sequence).loss_type == LossType.SEQUENCE_LEVEL
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (LossSettings(aggregation="group_token_mean"), "aggregation 'group_token_mean' needs whole groups"),
-        (LossSettings(entropy_coef=0.1), "entropy_coef must be 0"),
+        (LossSettings(entropy_coef=0.1), "the loss 'clipped_surrogate' with entropy_coef 0.1 needs entropies"),
     ],
 )
 def test_the_loss_refuses_what_it_cannot_see(settings: LossSettings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EAPOLossFn(settings)
+        EAPOLossFn(Algorithm(loss_settings=settings))
+
+
+def test_a_loss_may_read_the_samplers_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
+    @reads("rollout_log_probs")
+    def gap(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        return inputs.log_probs - inputs.rollout_log_probs, {}
+
+    monkeypatch.setitem(LOSSES, "gap", gap)
+    data = random_data()
+    mask, log_probs = valid(data), data["prev_logprobs"][:, 1:]
+    counts = {"global_valid_seqs": data["sample_mask"].sum(), "global_valid_toks": mask.sum()}
+    loss, _ = EAPOLossFn(Algorithm(loss_settings=LossSettings("gap")))(data, **counts, next_token_logprobs=log_probs)
+    expected = (log_probs - data["generation_logprobs"][:, 1:])[mask].double().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_advantages_are_shaped_by_group() -> None:
@@ -180,7 +195,7 @@ def test_advantages_are_shaped_by_group() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"shaping": {"name": "hapo"}}, "grpo.adv_estimator.shaping: "),
+        ({"shaping": {"name": "hapo"}}, "grpo.adv_estimator.shaping.name must be one of"),
         ({"advantage_estimator": "gae"}, "grpo.adv_estimator.advantage_estimator must be one of"),
         ({"correct_reward": 0.0}, "grpo.adv_estimator.correct_reward 0.0 must be larger"),
     ],
@@ -205,7 +220,7 @@ def test_the_recipe_is_sound() -> None:
     recipe = yaml.safe_load(RECIPE.read_text())
     EAPOAdvantageEstimator(recipe["grpo"]["adv_estimator"], torch.empty, lambda metrics: None)
     config = types.SimpleNamespace(**recipe["loss_fn"], reference_policy_kl_type="k3")
-    assert EAPOLossFn.from_config(config).settings == LossSettings(eps_low=0.2, eps_high=0.28)
+    assert EAPOLossFn.from_config(config).algorithm.loss_settings == LossSettings(eps_low=0.2, eps_high=0.28)
     assert recipe["policy"]["megatron_cfg"]["enabled"]
 
 

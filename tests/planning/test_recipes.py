@@ -75,7 +75,7 @@ def test_the_papers_settings(name: str, lengths: tuple[int, int], prompts: int, 
     assert recipe.rollout.num_generations_per_prompt == generations
     assert recipe.train.steps == steps
     assert recipe.optimizer.lr == 1e-6
-    assert (recipe.algorithm.loss.eps_low, recipe.algorithm.loss.eps_high) == (0.2, 0.28)
+    assert recipe.make_algorithm().loss_settings.options == {"eps_low": 0.2, "eps_high": 0.28}
     assert (recipe.rollout.temperature, recipe.rollout.top_p) == (1.0, 0.95)
     assert recipe.algorithm.dynamic_sampling_rounds > 1
 

@@ -165,7 +165,10 @@ def test_key_value_heads_and_tensor_parallelism_divide_one_another(tmp_path: Pat
     ],
 )
 def test_algorithms_are_checked_by_name_and_option(tmp_path: Path, algorithm: dict, sentence: str) -> None:
-    assert sentence in refusal(tmp_path, algorithm=algorithm)
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(settings(tmp_path, algorithm=algorithm), source="r.yaml")
+    assert str(caught.value).startswith("r.yaml: algorithm.")
+    assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -26,18 +26,17 @@ from nemo_aligner.utils.train_utils import set_sync_funcs
 from omegaconf import DictConfig
 from torch import Tensor
 
-from eapo_megatron.algorithms import LossInputs, policy_loss_unchecked
-from eapo_megatron.integrations.algorithm import loss_settings
+from eapo_megatron.algorithms import Algorithm, LossInputs
 from eapo_megatron.vocab_parallel import vocab_parallel_log_probs_and_entropy
 
 
 class MegatronGPTEAPOActorModel(MegatronGPTReinforceActorModel):
-    """REINFORCE actor trained with `model.reinforce.loss` (the keys of `eapo_megatron.integrations.algorithm`)."""
+    """REINFORCE actor trained with `model.reinforce.loss` (the keys of `algorithms.Algorithm`'s loss)."""
 
     def __init__(self, cfg: DictConfig, trainer: Any) -> None:
-        settings = loss_settings(cfg.reinforce.loss, key="model.reinforce.loss")
+        algorithm = Algorithm.from_config({"loss": cfg.reinforce.loss}, key="model.reinforce")
         super().__init__(cfg, trainer)
-        self.loss_settings = settings
+        self.algorithm = algorithm
         self.temperature = float(cfg.reinforce.sampling_params.temperature)
 
     def get_actor_forward_output_and_loss_func(self) -> Callable:
@@ -55,9 +54,9 @@ class MegatronGPTEAPOActorModel(MegatronGPTReinforceActorModel):
 
             def loss_func(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 log_probs, entropies = self._log_probs_and_entropies(
-                    logits, batch["response_tokens"], entropy_grad=self.loss_settings.entropy_coef != 0
+                    logits, batch["response_tokens"], entropy_grad=self.algorithm.needs.entropy_grad
                 )
-                outputs = policy_loss_unchecked(
+                outputs = self.algorithm.loss(
                     LossInputs(
                         log_probs=log_probs,
                         old_log_probs=batch["prev_logprobs"],
@@ -66,8 +65,7 @@ class MegatronGPTEAPOActorModel(MegatronGPTReinforceActorModel):
                         entropies=entropies,
                         ref_log_probs=batch.get("init_logprobs"),
                         weights=batch["weights"],
-                    ),
-                    self.loss_settings,
+                    )
                 )
                 return outputs.loss * scale, {"loss": outputs.loss.detach().clone(), **outputs.metrics}
 

@@ -31,8 +31,7 @@ from nemo_aligner.utils.utils import cpu_dict
 from omegaconf import DictConfig
 from torch import Tensor
 
-from eapo_megatron.algorithms import loss_weights
-from eapo_megatron.integrations.algorithm import Algorithm, batch_metrics
+from eapo_megatron.algorithms import Algorithm
 from eapo_megatron.integrations.nemo_aligner.actor import MegatronGPTEAPOActorModel
 
 
@@ -80,11 +79,13 @@ class EAPOTrainer(ReinforceTrainer):
         """The whole rollout batch of N responses -> this data-parallel rank's rows for training, metrics of all rows.
 
         rollout_batch: response_tokens [N, S] and prompt_tokens (int64), prompt_lengths, response_lengths (of prompt and
-        response together; int64 [N]), rewards (float32 [N]), logprobs and entropies (float32 [N, S-1]), and
-        init_logprobs when `kl_coef` is not 0. The rows come in the order of the optimizer steps, groups together.
+        response together; int64 [N]), rewards (float32 [N], NaN without a verdict), logprobs and entropies (float32
+        [N, S-1]), and init_logprobs when `kl_coef` is not 0. The rows come in the order of the optimizer steps, groups
+        together.
         """
         tokens, rewards = rollout_batch["response_tokens"], rollout_batch["rewards"].float()
         mask = response_mask(tokens, rollout_batch["prompt_lengths"], rollout_batch["response_lengths"])
+        mask &= ~rewards.isnan()[:, None]  # nothing is learned from responses without a verdict
         group_ids = prompt_groups(rollout_batch["prompt_tokens"], rollout_batch["prompt_lengths"])
         log_probs, entropies = rollout_batch["logprobs"], rollout_batch["entropies"]
         advantages = self.algorithm.advantages(rewards, group_ids, mask, log_probs=log_probs, entropies=entropies)
@@ -99,12 +100,10 @@ class EAPOTrainer(ReinforceTrainer):
             data["init_logprobs"] = rollout_batch["init_logprobs"]
         steps = group_ids.argsort(stable=True).split(self.cfg.model_gbs)
         for rows in steps:
-            data["weights"][rows] = loss_weights(
-                mask[rows], group_ids[rows], aggregation=self.algorithm.loss.aggregation
-            )
+            data["weights"][rows] = self.algorithm.weights(mask[rows], group_ids[rows])
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         mine = torch.cat([rows.tensor_split(size)[rank] for rows in steps])
-        metrics = batch_metrics(rewards, group_ids, mask, entropies=entropies, advantages=advantages)
+        metrics = self.algorithm.metrics(rewards, group_ids, mask, entropies=entropies, advantages=advantages)
         return {key: value[mine] for key, value in data.items()}, metrics
 
     def _add_scores(self, batch: ReinforceRolloutBatch) -> None:
@@ -130,14 +129,20 @@ def check_config(cfg: DictConfig) -> None:
     algorithm = Algorithm.from_config(settings.algorithm, key="trainer.reinforce.algorithm")
     if cfg.model.reinforce.loss != settings.algorithm.loss:
         raise ValueError("model.reinforce.loss must be trainer.reinforce.algorithm.loss")
-    if settings.initial_policy_kl_penalty != algorithm.loss.kl_coef:
+    kl_coef = algorithm.loss_settings.kl_coef
+    if settings.initial_policy_kl_penalty != kl_coef:
         raise ValueError("trainer.reinforce.initial_policy_kl_penalty must be trainer.reinforce.algorithm.loss.kl_coef")
-    generations, step = settings.num_rollouts_per_prompt, cfg.model.global_batch_size
-    if generations < 2 and algorithm.advantage_estimator != "w_reinforce":
+    if algorithm.needs.ref_log_probs and kl_coef == 0:
         raise ValueError(
-            f"trainer.reinforce.num_rollouts_per_prompt is {generations}: "
-            f"the group estimator {algorithm.advantage_estimator} needs at least 2"
+            "trainer.reinforce.algorithm.loss needs log-probs of the initial policy, which NeMo-Aligner has with a "
+            "kl_coef alone"
         )
+    if algorithm.needs.rollout_log_probs:
+        raise ValueError(
+            "trainer.reinforce.algorithm.loss needs log-probs of the rollouts, which NeMo-Aligner does not keep"
+        )
+    generations, step = settings.num_rollouts_per_prompt, cfg.model.global_batch_size
+    algorithm.check_group_size(generations, key="trainer.reinforce.num_rollouts_per_prompt")
     if step % generations:
         raise ValueError(
             f"model.global_batch_size {step} must be a multiple of trainer.reinforce.num_rollouts_per_prompt "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eapo_megatron.integrations.algorithm import Algorithm, batch_metrics
+from eapo_megatron.algorithms import Algorithm
 
 ESTIMATOR_KEYS = ("advantage_estimator", "shaping")
 
@@ -70,5 +70,5 @@ class EAPOAdvantageEstimator:
         advantages = self.algorithm.advantages(
             signed, group_ids, response, log_probs=logprobs_policy.float(), entropies=entropies
         )
-        self._log(batch_metrics(signed, group_ids, response, entropies=entropies, advantages=advantages))
+        self._log(self.algorithm.metrics(signed, group_ids, response, entropies=entropies, advantages=advantages))
         return advantages

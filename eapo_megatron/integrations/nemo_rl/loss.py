@@ -15,26 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eapo_megatron.algorithms import KL_ESTIMATORS, LossInputs, LossSettings, policy_loss_unchecked
+from eapo_megatron.algorithms import KL_ESTIMATORS, Algorithm, LossInputs, LossSettings
 
 
 class EAPOLossFn:
     """`loss_fn(data, global_valid_seqs, global_valid_toks, next_token_logprobs=...)` -> (loss, metrics).
 
+    Of the algorithm it is the loss alone that counts here.
     Raises ValueError for settings that this protocol cannot carry.
     """
 
-    def __init__(self, settings: LossSettings) -> None:
+    def __init__(self, algorithm: Algorithm) -> None:
         from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer
 
-        if settings.aggregation not in ("token_mean", "seq_mean_token_mean"):
+        settings, aggregation = algorithm.loss_settings, algorithm.loss_settings.aggregation
+        if aggregation not in ("token_mean", "seq_mean_token_mean"):
+            raise ValueError(f"aggregation {aggregation!r} needs whole groups, which NeMo-RL's losses do not see")
+        if algorithm.needs.entropy_grad:
             raise ValueError(
-                f"aggregation {settings.aggregation!r} needs whole groups, which NeMo-RL's losses do not see"
+                f"the loss {settings.loss!r} with entropy_coef {settings.entropy_coef} needs entropies: "
+                "NeMo-RL's losses of log-probabilities see no logits"
             )
-        if settings.entropy_coef != 0:
-            raise ValueError("entropy_coef must be 0: NeMo-RL's losses of log-probabilities see no logits")
-        self.settings = settings
-        by_token = settings.aggregation == "token_mean"
+        self.algorithm = algorithm
+        by_token = aggregation == "token_mean"
         self.loss_type = LossType.TOKEN_LEVEL if by_token else LossType.SEQUENCE_LEVEL
         self.input_type = LossInputType.LOGPROB
         self.metric_normalizations = {
@@ -46,15 +49,14 @@ class EAPOLossFn:
     @classmethod
     def from_config(cls, config: Any) -> EAPOLossFn:
         """From NeMo-RL's `loss_fn` section (ClippedPGLossConfig): its clip range, KL and averaging."""
-        return cls(
-            LossSettings(
-                eps_low=config.ratio_clip_min,
-                eps_high=config.ratio_clip_max,
-                kl_coef=config.reference_policy_kl_penalty,
-                kl_estimator=config.reference_policy_kl_type,
-                aggregation="token_mean" if config.token_level_loss else "seq_mean_token_mean",
-            )
+        settings = LossSettings(
+            eps_low=config.ratio_clip_min,
+            eps_high=config.ratio_clip_max,
+            kl_coef=config.reference_policy_kl_penalty,
+            kl_estimator=config.reference_policy_kl_type,
+            aggregation="token_mean" if config.token_level_loss else "seq_mean_token_mean",
         )
+        return cls(Algorithm(loss_settings=settings))
 
     def __call__(
         self,
@@ -67,26 +69,26 @@ class EAPOLossFn:
         """This micro-batch's part of the loss and metrics: parts add up over micro-batches and ranks.
 
         data, all [B, S] float32 but for the last: token_mask, advantages, prev_logprobs, generation_logprobs,
-        reference_policy_logprobs when there is a KL penalty, sample_mask [B]; position t is about token t.
+        reference_policy_logprobs when the loss needs them, sample_mask [B]; position t is about token t.
         next_token_logprobs: float32 [B, S-1], of tokens 1 to S-1. global_valid_seqs, global_valid_toks: scalars.
         """
         mask = data["token_mask"][:, 1:].bool() & data["sample_mask"].bool()[:, None]
         token_weights = mask / global_valid_toks
         weights = token_weights
-        if self.settings.aggregation == "seq_mean_token_mean":
+        if self.algorithm.loss_settings.aggregation == "seq_mean_token_mean":
             weights = mask / (mask.sum(dim=1, keepdim=True).clamp(min=1) * global_valid_seqs)
         old_log_probs = data["prev_logprobs"][:, 1:]
-        reference = data["reference_policy_logprobs"][:, 1:] if self.settings.kl_coef else None
-        outputs = policy_loss_unchecked(
+        needs = self.algorithm.needs
+        outputs = self.algorithm.loss(
             LossInputs(
                 log_probs=next_token_logprobs,
                 old_log_probs=old_log_probs,
                 advantages=data["advantages"][:, 1:],
                 mask=mask,
-                ref_log_probs=reference,
+                ref_log_probs=data["reference_policy_logprobs"][:, 1:] if needs.ref_log_probs else None,
                 weights=weights.float(),
-            ),
-            self.settings,
+                rollout_log_probs=data["generation_logprobs"][:, 1:] if needs.rollout_log_probs else None,
+            )
         )
         metrics = {name: value.item() for name, value in outputs.metrics.items()}
         # How far the sampler's log-probs are from the trainer's: grpo_train reads these two by name.

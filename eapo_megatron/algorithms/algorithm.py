@@ -1,0 +1,196 @@
+"""The algorithm as one object: from rewards to shaped advantages, and the loss they enter.
+
+It is built from a section of a recipe, or of another trainer's configuration:
+
+    advantage_estimator: grpo
+    shaping: {name: eapo, alpha: 0.2, phi: 2.0}
+    loss: {name: clipped_surrogate, eps_low: 0.2, eps_high: 0.28, aggregation: token_mean, kl_coef: 0.0}
+
+`shaping` and `loss` take the options of the chosen function by name, so a new method changes nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .advantages import ESTIMATORS, group_advantages, min_group_size
+from .aggregation import loss_weights
+from .policy_loss import LOSSES, LossInputs, LossOutputs, LossSettings, policy_loss_unchecked
+from .quadrants import quadrant_masks, quadrant_metrics, quadrant_statistics
+from .registry import check_known, check_number, choose, complete_options, default_options, read_by
+from .shaping import SHAPINGS, ShapingInputs, shape_advantages
+
+SECTION_KEYS = ("advantage_estimator", "shaping", "loss")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a trainer has to compute for an algorithm, beside the log-probs of the current and the old policy."""
+
+    entropies: bool  # of the old policy, for the shaping
+    entropy_grad: bool  # the current policy's entropies with their gradient, for the loss
+    ref_log_probs: bool  # of the reference policy
+    rollout_log_probs: bool  # as the rollout engine gave them
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An estimator, a shaping and a loss by name, with their options; options left out have their defaults.
+
+    Construction tries all of them on one token.
+
+    Raises:
+        ValueError: one sentence that begins with the wrong setting.
+    """
+
+    advantage_estimator: str = "grpo"
+    shaping: str = "eapo"
+    shaping_options: Mapping[str, Any] = field(default_factory=dict)
+    loss_settings: LossSettings = field(default_factory=LossSettings)
+    positive_threshold: float = 0.0  # a response is correct when its reward exceeds it
+
+    def __post_init__(self) -> None:
+        choose("advantage_estimator", self.advantage_estimator, ESTIMATORS)
+        shaping = choose("shaping", self.shaping, SHAPINGS)
+        check_number("positive_threshold", self.positive_threshold)
+        if not math.isfinite(self.positive_threshold):
+            raise ValueError(f"positive_threshold must be finite, got {self.positive_threshold}")
+        options = complete_options(f"the shaping {self.shaping!r}", shaping, self.shaping_options)
+        object.__setattr__(self, "shaping_options", options)
+        one = torch.ones(1, 1)
+        self.advantages(one[0], one[0].long(), one.bool(), log_probs=one, entropies=one)
+
+    @classmethod
+    def from_config(cls, section: Mapping[str, Any], *, key: str, positive_threshold: float = 0.0) -> Algorithm:
+        """Reads the section found at `key` of a configuration; what it leaves out has its default.
+
+        Raises:
+            ValueError: one sentence that begins with the wrong key.
+        """
+        with _named(key, section):
+            for name in section:
+                check_known(name, SECTION_KEYS, "the algorithm")
+        parts = {}
+        for name in ("shaping", "loss"):
+            part = section.get(name, {})
+            if not isinstance(part, Mapping):
+                raise ValueError(f"{key}.{name} must be a mapping of name and options, got {part!r}")
+            parts[name] = dict(part)
+        shaping, loss = parts["shaping"], parts["loss"]
+        estimator = section.get("advantage_estimator", "grpo")
+        shaping_name, loss_name = shaping.pop("name", "eapo"), loss.pop("name", "clipped_surrogate")
+        choose(f"{key}.advantage_estimator", estimator, ESTIMATORS)
+        shaping_options = default_options(choose(f"{key}.shaping.name", shaping_name, SHAPINGS))
+        loss_options = default_options(choose(f"{key}.loss.name", loss_name, LOSSES))
+        shared = {name: loss.pop(name) for name in LossSettings.shared_names() if name in loss}
+        with _named(f"{key}.loss", {*loss, *shared, *loss_options}):
+            settings = LossSettings(loss_name, **shared, options=loss)
+        with _named(f"{key}.shaping", {*shaping, *shaping_options}):
+            return cls(estimator, shaping_name, shaping, settings, positive_threshold)
+
+    @property
+    def needs(self) -> Needs:
+        """What the chosen shaping and loss read, by their settings and by what they declare."""
+        return Needs(
+            entropies="entropies" in read_by(SHAPINGS[self.shaping]),
+            entropy_grad="entropies" in self.loss_settings.reads,
+            ref_log_probs="ref_log_probs" in self.loss_settings.reads,
+            rollout_log_probs="rollout_log_probs" in self.loss_settings.reads,
+        )
+
+    def check_group_size(self, size: int, *, key: str) -> None:
+        """Whether groups of `size` responses can have advantages.
+
+        Raises:
+            ValueError: they cannot; one sentence that begins with `key`.
+        """
+        smallest = min_group_size(self.advantage_estimator)
+        if size < smallest:
+            raise ValueError(
+                f"{key} is {size}: the group estimator {self.advantage_estimator} needs at least {smallest}"
+            )
+
+    def advantages(
+        self,
+        rewards: Tensor,
+        group_ids: Tensor,
+        mask: Tensor,
+        *,
+        log_probs: Tensor,
+        entropies: Tensor | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """Shaped advantages, float32 [N, T], 0 outside the mask.
+
+        rewards: floating point [N], NaN for a response without a verdict, which has no token under the mask; group_ids:
+        int64 [N]; mask: bool [N, T]; log_probs, entropies (nats; may be None where `needs` says so): float32 [N, T], of
+        the policy that sampled. Values outside the mask may be anything. With `process_group=None` the batch holds
+        every response of its groups, and no collective is called.
+
+        Raises:
+            ValueError: naming the tensor of wrong shape, dtype or values.
+        """
+        if entropies is None:
+            if self.needs.entropies:
+                raise ValueError(f"entropies are needed by the shaping {self.shaping!r}")
+            entropies = torch.zeros_like(log_probs)
+        advantages = group_advantages(
+            rewards,
+            group_ids,
+            estimator=self.advantage_estimator,
+            positive_threshold=self.positive_threshold,
+            process_group=process_group,
+        )
+        inputs = ShapingInputs(
+            advantages=advantages[:, None] * mask,
+            entropies=entropies,
+            mask=mask,
+            group_ids=group_ids,
+            rewards=rewards,
+            log_probs=log_probs,
+            positive_threshold=self.positive_threshold,
+        )
+        return shape_advantages(self.shaping, inputs, process_group=process_group, **self.shaping_options)
+
+    def weights(
+        self, mask: Tensor, group_ids: Tensor | None, *, process_group: dist.ProcessGroup | None = None
+    ) -> Tensor:
+        """Each token's share of the loss denominator, float32 [N, T]; see `loss_weights`."""
+        return loss_weights(mask, group_ids, aggregation=self.loss_settings.aggregation, process_group=process_group)
+
+    def loss(self, inputs: LossInputs) -> LossOutputs:
+        """The loss of one micro-batch and its metrics; see `policy_loss`. The values of the inputs are not checked."""
+        return policy_loss_unchecked(inputs, self.loss_settings)
+
+    def metrics(
+        self, rewards: Tensor, group_ids: Tensor, mask: Tensor, *, entropies: Tensor, advantages: Tensor
+    ) -> dict[str, float]:
+        """Mean entropy (nats), mean |advantage| and the four quadrants of a batch that holds all of its groups.
+
+        The tensors are those of `advantages`; `advantages` is its result.
+        """
+        tokens = max(int(mask.sum()), 1)
+        quadrants = quadrant_masks(rewards, entropies, mask, group_ids, positive_threshold=self.positive_threshold)
+        return {
+            "entropy/mean": float(torch.where(mask, entropies, 0.0).sum(dtype=torch.float64)) / tokens,
+            "advantage/mean_abs": float(torch.where(mask, advantages, 0.0).abs().sum(dtype=torch.float64)) / tokens,
+            **quadrant_metrics(quadrant_statistics(quadrants, entropies, advantages)),
+        }
+
+
+@contextmanager
+def _named(key: str, names: Collection[str]) -> Iterator[None]:
+    """Errors that begin with one of the names begin with its place in the configuration; others with the section's."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        of_name = str(error).partition(" ")[0] in names
+        raise ValueError(f"{key}.{error}" if of_name else f"{key}: {error}") from error
