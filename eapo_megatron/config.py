@@ -378,9 +378,7 @@ class Recipe(Section):
     def _groups(self) -> Recipe:
         algorithm = self.make_algorithm()
         if algorithm.needs.ref_log_probs:
-            raise ValueError(
-                "algorithm.loss needs log-probs of a reference policy, which the training loop does not compute"
-            )
+            raise ValueError("algorithm.loss needs a reference policy, which the training loop does not have")
         algorithm.check_group_size(self.rollout.num_generations_per_prompt, key="rollout.num_generations_per_prompt")
         if self.train.mini_batch_prompts > self.train.num_prompts_per_step:
             raise ValueError(

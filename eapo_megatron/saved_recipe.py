@@ -75,7 +75,9 @@ def experiment(recipe: Recipe) -> dict[str, Any]:
     ):
         del settings[section][key]
     del settings["model"]["head"]["backend"]
-    settings["algorithm"]["loss"] |= recipe.make_algorithm().loss_settings.options  # a default is its value
+    algorithm = recipe.make_algorithm()  # an option that is left out is one with its default
+    settings["algorithm"]["loss"] |= algorithm.loss_settings.options
+    settings["algorithm"]["shaping"] |= algorithm.shaping_options
     # The optimizer's state has another form on disk.
     settings["parallel"] = {"use_distributed_optimizer": recipe.parallel.use_distributed_optimizer}
     return settings

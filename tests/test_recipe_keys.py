@@ -24,9 +24,11 @@ def leaves(settings: dict[str, Any], path: str = "") -> set[str]:
 def test_every_key_of_a_recipe_is_listed() -> None:
     recipe = parse_recipe({"name": "r", "model": {"path": "m"}, "data": {"task": "arithmetic"}}, source="r")
     paths = {key.path for key in recipe_keys()}
-    options = {path for path in paths if path.startswith("algorithm.shaping.")} - {"algorithm.shaping.name"}
-    assert paths - options == leaves(recipe.model_dump(mode="json"))
-    assert {"algorithm.shaping.alpha", "algorithm.shaping.fraction"} <= options
+    fields = leaves(recipe.model_dump(mode="json"))
+    assert fields <= paths
+    options = {"shaping.alpha", "shaping.phi", "shaping.without", "shaping.a", "shaping.kappa", "shaping.fraction"}
+    options |= {"shaping.only", "loss.eps_low", "loss.eps_high"}
+    assert paths - fields == {f"algorithm.{option}" for option in options}
 
 
 @pytest.mark.parametrize(
