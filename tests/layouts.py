@@ -14,6 +14,7 @@ from eapo_megatron.rollout.engine import Response
 VOCAB_SIZE = 37  # odd: every layout pads it
 TEMPERATURE = 0.8
 STOP_TOKENS = (1, 2)
+LONG_RESPONSES = "long responses"  # a case beside the layouts: `ranks/long_responses.py`
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _TIED = {
