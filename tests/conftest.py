@@ -22,21 +22,17 @@ SCRIPT = Path(__file__).parent / "ranks" / "every_layout.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Marks the tests that start several ranks."""
+    """Marks the tests that use one of the launches below, and those whose module imports what starts ranks."""
     for item in items:
-        if _starts_ranks(item):
+        if any(name == "measured" or name.startswith("launch_of_") for name in item.fixturenames):
+            item.add_marker(pytest.mark.distributed)
+            item.add_marker(pytest.mark.slow)
+        elif any(map(_starts_ranks, vars(item.module).values())):
             item.add_marker(pytest.mark.distributed)
 
 
-def _starts_ranks(item: pytest.Function) -> bool:
-    """Whether a test uses one of the launches below, or its module imports what starts processes of a group."""
-    if any(name == "measured" or name.startswith("launch_of_") for name in item.fixturenames):
-        return True
-    imported = vars(item.module).values()
-    return any(
-        value is torch.multiprocessing or getattr(value, "__module__", None) in ("launch", "command_line")
-        for value in imported
-    )
+def _starts_ranks(imported: Any) -> bool:
+    return imported is torch.multiprocessing or getattr(imported, "__module__", None) in ("launch", "command_line")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 
 from launch import result_of, run_cases
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "ranks" / "aligner.py"
 LAUNCHES = {"single": 1, "TP2": 2, "PP2": 2, "DP2": 2}
 COMPARED = {

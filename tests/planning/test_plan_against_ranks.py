@@ -13,6 +13,7 @@ from eapo_megatron.planning.work import stage_traffic
 from launch import result_of, run_cases
 from planned_runs import ACTIVATION_RUNS, PROMPT_TOKENS, RESPONSE_TOKENS, RUNS, layout_of
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "ranks" / "plan.py"
 PARTS = ("weights", "gradients", "optimizer", "kv_cache")
 # On CPU the expert-tensor-parallel group's uneven gathers are another collective.

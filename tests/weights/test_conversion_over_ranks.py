@@ -14,6 +14,7 @@ from hf_folders import assert_same_folder, write_folder
 from launch import result_of, run_cases
 from layouts import MODELS, RESPONSE_TOKENS, ROLLOUT_PROMPTS
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "ranks" / "conversion.py"
 SHARD = 50_000
 
