@@ -9,12 +9,30 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing
 
 # Triton's interpreter runs kernels on CPU tensors. Triton reads this as it is imported, which Megatron does too.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Tensors of tests are small: threads would spend their time waiting for each other, here and in what tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
-SCRIPT = Path(__file__).parent / "measure_layouts.py"
+SCRIPT = Path(__file__).parent / "ranks" / "every_layout.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Marks the tests that use one of the launches below, and those whose module imports what starts ranks."""
+    for item in items:
+        if any(name == "measured" or name.startswith("launch_of_") for name in item.fixturenames):
+            item.add_marker(pytest.mark.distributed)
+            item.add_marker(pytest.mark.slow)
+        elif any(map(_starts_ranks, vars(item.module).values())):
+            item.add_marker(pytest.mark.distributed)
+
+
+def _starts_ranks(imported: Any) -> bool:
+    return imported is torch.multiprocessing or getattr(imported, "__module__", None) in ("launch", "command_line")
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +46,11 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _launch(world_size: int, model_folders: Path, out: Path) -> Path:
-    from launch import run_ranks
+    from launch import run_cases
+    from layouts import LAYOUTS, LONG_RESPONSES
 
-    run_ranks(SCRIPT, world_size, [model_folders, out], timeout=600)
+    names = [name for name, layout in LAYOUTS.items() if layout.world_size == world_size]
+    run_cases(SCRIPT, world_size, [model_folders], out, names + [LONG_RESPONSES] * (world_size == 1))
     return out
 
 
@@ -52,10 +72,10 @@ def launch_of_4(model_folders: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Any]]:
     """What came out of a layout, by its name; its launch runs when first asked for."""
+    from launch import result_of
     from layouts import LAYOUTS
 
     def results_of(name: str) -> dict[str, Any]:
-        folder = request.getfixturevalue(f"launch_of_{LAYOUTS[name].world_size}")
-        return torch.load(folder / f"{name}.pt", weights_only=False)
+        return result_of(request.getfixturevalue(f"launch_of_{LAYOUTS[name].world_size}"), name)
 
     return results_of

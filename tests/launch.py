@@ -1,4 +1,7 @@
-"""Starts the ranks of a distributed test as plain processes, and ends them all with the test."""
+"""Starts the ranks of a distributed test as plain processes, and ends them all with the test.
+
+A launch costs seconds, so one goes through many cases. The scripts are in ranks/.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 PR_SET_PDEATHSIG = 1
+TESTS = Path(__file__).parent
 
 
 def run_ranks(script: Path, world_size: int, args: Sequence[str | Path] = (), *, timeout: float = 300.0) -> list[str]:
@@ -23,7 +30,13 @@ def run_ranks(script: Path, world_size: int, args: Sequence[str | Path] = (), *,
         AssertionError: with the stderr of the ranks that failed; the others are killed at once.
         TimeoutError: after `timeout` seconds, with the stderr of all.
     """
-    shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
+    shared = {
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "OMP_NUM_THREADS": 1,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks: list[subprocess.Popen] = []
@@ -46,6 +59,65 @@ def run_ranks(script: Path, world_size: int, args: Sequence[str | Path] = (), *,
             for process in ranks:
                 process.kill()
                 process.wait()
+
+
+def run_cases(
+    script: Path,
+    world_size: int,
+    args: Sequence[str | Path],
+    out: Path,
+    names: Sequence[str],
+    *,
+    timeout: float = 600.0,
+) -> None:
+    """Runs `python script args out names` on ranks that go through the cases of these names with `cases`.
+
+    A case in which a rank fails or that hangs ends its launch: the ranks' stderr is kept for `result_of`, and the cases
+    after it run in another launch.
+
+    Raises:
+        AssertionError: for ranks that fail before their first case.
+        TimeoutError: for ranks that hang there.
+    """
+    left = list(names)
+    while left:
+        try:
+            run_ranks(script, world_size, [*args, out, *left], timeout=timeout)
+        except (AssertionError, TimeoutError) as error:
+            begun = [name for name in left if _begun(out, name).exists()]
+            if not begun:
+                raise
+            _error(out, begun[-1]).write_text(str(error))
+            left = left[len(begun) :]
+        else:
+            left = []
+
+
+def cases(out: Path, names: Sequence[str]) -> Iterator[str]:
+    """The names one after another, for a rank; a case's results must be saved before any rank asks for the next."""
+    for name in names:
+        _begun(out, name).touch()
+        yield name
+
+
+def result_of(out: Path, name: str, *, part: str = "") -> Any:
+    """What the ranks of a case saved as NAME.pt, or one of its parts.
+
+    Raises:
+        AssertionError: with the ranks' stderr, when the case failed.
+    """
+    __tracebackhide__ = True
+    if _error(out, name).exists():
+        raise AssertionError(f"{name}: {_error(out, name).read_text()}")
+    return torch.load(out / f"{name}{part}.pt", weights_only=False)
+
+
+def _begun(out: Path, name: str) -> Path:
+    return out / f"{name}.begun"
+
+
+def _error(out: Path, name: str) -> Path:
+    return out / f"{name}.error"
 
 
 def _wait(ranks: list[subprocess.Popen], folder: Path, deadline: float) -> None:

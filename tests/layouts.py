@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,7 @@ from eapo_megatron.policy.responses import Responses
 VOCAB_SIZE = 37  # odd: every layout pads it
 TEMPERATURE = 0.8
 STOP_TOKENS = (1, 2)
+LONG_RESPONSES = "long responses"  # a case beside the layouts: `ranks/long_responses.py`
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _TIED = {
@@ -261,3 +262,11 @@ def old_policy_offsets(batch: Batch) -> torch.Tensor:
 ROLLOUT_PROMPTS = [[3, 4, 5, 6, 7, 30, 31], [7, 8], [9, 10, 11, 12], [36]]
 ROLLOUT_SEEDS = [[11, 12, 13], [21, 22], [31, 32, 33, 34], [41, 42]]
 RESPONSE_TOKENS = 12
+
+
+class Response(NamedTuple):
+    """One response, to be looked at."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    finished: bool

@@ -92,7 +92,7 @@ def test_the_same_experiment_goes_on(run_dir: Path) -> None:
             {"parallel": {"use_distributed_optimizer": False}},
             "parallel.use_distributed_optimizer was True there and is False here",
         ),
-        ({"algorithm": {"shaping": {"name": "eapo"}}}, "algorithm.shaping.alpha was 0.3 there and is None here"),
+        ({"algorithm": {"shaping": {"name": "eapo"}}}, "algorithm.shaping.alpha was 0.3 there and is 0.2 here"),
         ({"reward": {"positive_threshold": 0.5}}, "reward.positive_threshold was 0.0 there and is 0.5 here"),
     ],
 )

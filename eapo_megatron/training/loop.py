@@ -137,7 +137,8 @@ def evaluation_metrics(run: Run) -> dict[str, float]:
     if not prompts:
         return {}
     with run.timer("evaluation"):
-        rate = evaluate(run.sampler, prompts, recipe.evaluation, recipe.seed).solve_rate(algorithm.positive_threshold)
+        rollouts = evaluate(run.sampler, prompts, recipe.evaluation, recipe.seed)
+    rate = rollouts.solve_rate(run.ingredients.algorithm.positive_threshold)
     run.progress.evaluations[str(run.progress.step)] = rate
     return {"held_out/solve_rate": rate}
 

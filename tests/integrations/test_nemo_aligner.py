@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch import run_ranks
+from launch import result_of, run_cases
 
-SCRIPT = Path(__file__).parents[1] / "measure_nemo_aligner.py"
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parents[1] / "ranks" / "aligner.py"
 LAUNCHES = {"single": 1, "TP2": 2, "PP2": 2, "DP2": 2}
 COMPARED = {
     "logprobs",
@@ -41,13 +41,14 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folders = {}
     for world_size in sorted(set(LAUNCHES.values())):
         folders[world_size] = tmp_path_factory.mktemp(f"nemo_{world_size}")
-        run_ranks(SCRIPT, world_size, [folders[world_size]], timeout=900)
+        names = [name for name, size in LAUNCHES.items() if size == world_size]
+        run_cases(SCRIPT, world_size, [], folders[world_size], names, timeout=900)
     return folders
 
 
 @pytest.fixture(params=LAUNCHES)
 def results(request: pytest.FixtureRequest, launches: dict[int, Path]) -> dict[str, Any]:
-    return json.loads((launches[LAUNCHES[request.param]] / f"{request.param}.json").read_text())
+    return result_of(launches[LAUNCHES[request.param]], request.param)
 
 
 def test_equal_to_the_native_loop(results: dict[str, Any]) -> None:

@@ -6,22 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from eapo_megatron.planning.activations import layer_bytes
 from eapo_megatron.planning.memory import stage_memory
 from eapo_megatron.planning.work import stage_traffic
-from launch import run_ranks
+from launch import result_of, run_cases
 from planned_runs import ACTIVATION_RUNS, PROMPT_TOKENS, RESPONSE_TOKENS, RUNS, layout_of
 
-SCRIPT = Path(__file__).parents[1] / "measure_plan.py"
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parents[1] / "ranks" / "plan.py"
 PARTS = ("weights", "gradients", "optimizer", "kv_cache")
 # On CPU the expert-tensor-parallel group's uneven gathers are another collective.
 SENDING = [name for name, run in RUNS.items() if run.world_size > 1 and name != "TP2 SP, mixture"]
 
 
 def _launch(world_size: int, out: Path) -> Path:
-    run_ranks(SCRIPT, world_size, [out], timeout=600)
+    names = [name for name, run in RUNS.items() if run.world_size == world_size]
+    run_cases(SCRIPT, world_size, [], out, names + list(ACTIVATION_RUNS) * (world_size == 1))
     return out
 
 
@@ -39,7 +40,7 @@ def ranks(request: pytest.FixtureRequest, name: str) -> list[dict[str, Any]]:
     """What each rank of a run measured; with pipeline parallelism rank and stage are the same."""
     world_size = RUNS[name].world_size
     folder = request.getfixturevalue(f"launch_of_{world_size}")
-    return [torch.load(folder / f"{name}, rank {rank}.pt") for rank in range(world_size)]
+    return [result_of(folder, name, part=f", rank {rank}") for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -66,7 +67,7 @@ def test_bytes_sent(name: str, phase: str, request: pytest.FixtureRequest) -> No
 
 @pytest.mark.parametrize("name", ACTIVATION_RUNS)
 def test_activations_of_a_layer(name: str, launch_of_1: Path) -> None:
-    held = torch.load(launch_of_1 / "activations.pt")[name]
+    held = result_of(launch_of_1, name)
     run = ACTIVATION_RUNS[name]
     layout = layout_of(run)
     tokens = run.micro_batch_size * (PROMPT_TOKENS + RESPONSE_TOKENS)

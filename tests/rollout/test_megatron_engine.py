@@ -10,8 +10,7 @@ import torch
 
 from eapo_megatron.config import Parallel
 from hf_reference import tiny_model
-from layouts import LAYOUTS, RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS
-from measure_rollouts import Response
+from layouts import LAYOUTS, RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, Response
 
 Measured = Callable[[str], dict[str, Any]]
 ROLLOUTS = [name for name, layout in LAYOUTS.items() if layout.rollouts]

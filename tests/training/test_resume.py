@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from command_line import checkpoints, last_step, metrics, tensors, train, train_until
 from eapo_megatron.weights.convert import to_hf
 
+pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 ARITHMETIC = """

@@ -11,10 +11,11 @@ import torch
 
 from eapo_megatron.weights.convert import from_hf, to_hf
 from hf_folders import assert_same_folder, write_folder
-from launch import run_ranks
+from launch import result_of, run_cases
 from layouts import MODELS, RESPONSE_TOKENS, ROLLOUT_PROMPTS
 
-SCRIPT = Path(__file__).parents[1] / "measure_conversion.py"
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parents[1] / "ranks" / "conversion.py"
 SHARD = 50_000
 
 
@@ -26,18 +27,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_folder(folder / "models" / name, name)
         from_hf(folder / "models" / name, folder / "converted" / name)
     (folder / "saved").mkdir()
-    run_ranks(SCRIPT, 4, [folder / part for part in ("models", "converted", "saved")], timeout=600)
+    run_cases(SCRIPT, 4, [folder / "models", folder / "converted"], folder / "saved", list(MODELS))
     return folder
 
 
-@pytest.fixture(scope="module")
-def results(folders: Path) -> dict[str, Any]:
-    return torch.load(folders / "saved" / "results.pt")
+def measured(name: str, folders: Path) -> dict[str, Any]:
+    return result_of(folders / "saved", name)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_megatron_loads_what_was_converted(name: str, results: dict[str, Any]) -> None:
-    assert results[name]["loaded"]
+def test_megatron_loads_what_was_converted(name: str, folders: Path) -> None:
+    assert measured(name, folders)["loaded"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,7 +59,7 @@ def test_keys_may_begin_with_anything(name: str, folders: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_decodes_the_export_as_the_engine_decodes_the_policy(
-    name: str, folders: Path, results: dict[str, Any], tmp_path: Path
+    name: str, folders: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +70,7 @@ def test_transformers_decodes_the_export_as_the_engine_decodes_the_policy(
         max_shard_bytes=SHARD,
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", experts_implementation="eager")
-    for prompt, responses in zip(ROLLOUT_PROMPTS, results[name]["greedy"], strict=True):
+    for prompt, responses in zip(ROLLOUT_PROMPTS, measured(name, folders)["greedy"], strict=True):
         ids = torch.tensor([prompt])
         generated = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=RESPONSE_TOKENS, pad_token_id=0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +15,10 @@ from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
-from layouts import RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, TEMPERATURE
+from layouts import RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, TEMPERATURE, Response
 
 GREEDY = SamplingParams(top_k=1, max_response_tokens=RESPONSE_TOKENS)
 SAMPLED = SamplingParams(temperature=TEMPERATURE, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=STOP_TOKENS)
-
-
-class Response(NamedTuple):
-    """One response, to be looked at."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    finished: bool
 
 
 def grouped(responses: Responses, seeds: Sequence[Sequence[int]]) -> list[list[Response]]:

@@ -71,7 +71,7 @@ class Held(TorchDispatchMode):
         return result
 
 
-def exported(policy: Policy, value_of: Callable[[Tensor], Tensor | None] = weight_value) -> dict[str, Tensor]:
+def full_tensors(policy: Policy, value_of: Callable[[Tensor], Tensor | None] = weight_value) -> dict[str, Tensor]:
     """A value of each tensor in float32, by Hugging Face name; every rank's copies and shards must be equal to it."""
     pairs = export_weights(policy.modules, policy.hf_config, value_of=value_of)
     tensors = {name: tensor.float() for name, tensor in pairs}

@@ -1,6 +1,6 @@
-"""One rank of a launch: runs a step of every planned run of this world size and writes what this rank held and sent.
+"""One rank of a launch: runs a step of planned runs of its world size and writes what this rank held and sent.
 
-Arguments: the folder for the results, one file a run.
+Arguments: the folder for the results, the names of the runs. Those of ACTIVATION_RUNS give what a forward pass holds.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from eapo_megatron.policy.runtime import start_runtime, stop_runtime
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.rollout import megatron_engine
 from eapo_megatron.rollout.engine import SamplingParams
-from launch import free_port
+from launch import cases, free_port
 from planned_runs import ACTIVATION_RUNS, PROMPT_TOKENS, RESPONSE_TOKENS, RUNS, Run, recipe_of
 
 
-def measure(run: Run) -> dict[str, Any]:
+def measure(name: str, out: Path) -> None:
+    run = RUNS[name]
     recipe = recipe_of(run)
     hf_config = recipe.model.architecture
     assert hf_config is not None
@@ -56,9 +58,9 @@ def measure(run: Run) -> dict[str, Any]:
             assert worker.update(batch, rows, optimizer, Algorithm(), tokens).applied
     results |= {"scoring": dict(scoring.bytes), "training": dict(training.bytes)}
     results |= resident_bytes(policy, optimizer)
+    torch.save(results, out / f"{name}, rank {runtime.rank}.pt")
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
     stop_runtime()
-    return results
 
 
 def fill(policy: Policy) -> None:
@@ -183,14 +185,14 @@ def held_activations(run: Run) -> dict[int, int]:
     return held
 
 
-def main(out: Path) -> None:
+def main(out: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    if os.environ["WORLD_SIZE"] == "1":
-        torch.save({name: held_activations(run) for name, run in ACTIVATION_RUNS.items()}, out / "activations.pt")
-    for name, run in RUNS.items():
-        if run.world_size == int(os.environ["WORLD_SIZE"]):
-            torch.save(measure(run), out / f"{name}, rank {os.environ['RANK']}.pt")
+    for name in cases(out, names):
+        if name in RUNS:
+            measure(name, out)
+        else:
+            torch.save(held_activations(ACTIVATION_RUNS[name]), out / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,7 +1,7 @@
 """One rank of a launch: NeMo-Aligner's EAPO actor beside the native policy, with the same weights on the same batch.
 
-Arguments: the folder for the results. Rank 0 writes, for each layout of this world size, how far the two are apart
-over all ranks (relative to the largest value), and what the train script's loop logged.
+Arguments: the folder for the results, the names of the layouts. Rank 0 writes, for each of them, how far the two are
+apart over all ranks (relative to the largest value), and what the train script's loop logged.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,18 @@ from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.weights.huggingface import RandomWeights
 from eapo_megatron.weights.load import load_weights
-from launch import free_port
+from launch import cases, free_port
 from layouts import MODELS, TEMPERATURE, VOCAB_SIZE, old_policy_offsets, training_batch
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "nemo_aligner"
+RECIPES = Path(__file__).parents[2] / "recipes" / "nemo_aligner"
 sys.path.insert(0, str(RECIPES))
 from train_gpt_eapo_actor import train  # noqa: E402
 
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
-    "single": (1, {}),
-    "TP2": (2, {"tensor_model_parallel_size": 2}),
-    "PP2": (2, {"pipeline_model_parallel_size": 2}),
-    "DP2": (2, {}),
+LAYOUTS: dict[str, dict[str, int]] = {
+    "single": {},
+    "TP2": {"tensor_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "DP2": {},
 }
 HF_CONFIG = {**MODELS["tied"], "model_type": "qwen2"}
 GROUP, FIT_STEPS = 4, 2
@@ -85,7 +85,8 @@ class Records(Logger):
         return [line[name] for line in self.lines if name in line]
 
 
-def measure(parallel: Parallel, folder: Path) -> dict[str, Any]:
+def measure(name: str, folder: Path) -> None:
+    parallel = Parallel(**LAYOUTS[name])
     runtime = start_runtime(parallel, seed=1, device="cpu")
     policy = build_policy(HF_CONFIG, Model(architecture=HF_CONFIG, dtype="float32"), parallel, runtime)
     load_weights(policy.modules, policy.hf_config, RandomWeights(HF_CONFIG, seed=5))
@@ -99,10 +100,11 @@ def measure(parallel: Parallel, folder: Path) -> dict[str, Any]:
     trainer.optimizer.state.clear()
     records.lines.clear()
     results["differences"] = compare(policy, trainer, records)
+    if runtime.is_main:
+        torch.save(results, folder / f"{name}.pt")
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
     stop_runtime()
     unset_num_microbatches_calculator()
-    return results
 
 
 class Differences:
@@ -327,14 +329,11 @@ def copy_weights(policy: Policy, actor: MegatronGPTEAPOActorModel) -> None:
         parameter.data.copy_(native[name].data)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    for name, (world_size, parallel) in LAYOUTS.items():
-        if world_size == int(os.environ["WORLD_SIZE"]):
-            results = measure(Parallel(**parallel), folder)
-            if os.environ["RANK"] == "0":
-                (folder / f"{name}.json").write_text(json.dumps(results))
+    for name in cases(folder, names):
+        measure(name, folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,6 +1,6 @@
-"""One rank of a launch: runs every layout of this world size, one after another; rank 0 writes what came out.
+"""One rank of a launch: runs layouts of its world size, one after another; rank 0 writes what came out.
 
-Arguments: the folder of the models, the folder for the results, one file a layout.
+Arguments: the folder of the models, the folder for the results, the names of the layouts (and of the long responses).
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from megatron.core import parallel_state
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from torch import Tensor
 
-import measure_checkpoints
-import measure_export
-import measure_long_responses
-import measure_rollouts
+import rollouts
+from checkpoints import continued, resumed_exactly
 from eapo_megatron.algorithms import Algorithm, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Head, Model, Optimizer, Parallel
 from eapo_megatron.policy.batching import Batch, TokenData
@@ -33,10 +31,12 @@ from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.weights.huggingface import HuggingFaceWeights, RandomWeights
 from eapo_megatron.weights.load import load_weights
 from eapo_megatron.weights.parameters import named_weights
-from launch import free_port
+from exported import full_tensors, right_after_loading
+from launch import cases, free_port
 from layouts import (
     DECAY_STEPS,
     LAYOUTS,
+    LONG_RESPONSES,
     MINI_BATCHES,
     MODELS,
     OPTIMIZERS,
@@ -45,11 +45,13 @@ from layouts import (
     old_policy_offsets,
     training_batch,
 )
+from long_responses import peaks_of_logits
 
 FAULTS = ("NaN loss", "Inf gradient")
 
 
-def measure(name: str, layout: Layout, models: Path, out: Path) -> dict[str, Any]:
+def measure(name: str, models: Path, out: Path) -> None:
+    layout = LAYOUTS[name]
     parallel = Parallel(**layout.parallel)
     runtime = start_runtime(parallel, seed=1)
     source = HuggingFaceWeights(models / layout.model)
@@ -58,23 +60,23 @@ def measure(name: str, layout: Layout, models: Path, out: Path) -> dict[str, Any
     )
     policy = build_policy(source.hf_config, model, parallel, runtime)
     load_weights(policy.modules, policy.hf_config, source)
-    exported = measure_export.right_after_loading(policy, source)
-    results = measure_training(policy, layout, model, out / (layout.continues or name))
-    results["export"] = exported
+    results = {"export": right_after_loading(policy, source)}
+    results |= measure_training(policy, layout, model, out / (layout.continues or name))
     if layout.rollouts:
         load_weights(policy.modules, policy.hf_config, source)
-        results["rollouts"] = measure_rollouts.responses(policy)
+        results["rollouts"] = rollouts.responses(policy)
     if layout is LAYOUTS["single"]:
-        results["engine"] = measure_rollouts.engine(policy)
+        results["engine"] = rollouts.engine(policy)
     load_weights(policy.modules, policy.hf_config, RandomWeights(MODELS[layout.model], seed=5))
-    results["random_weights"] = measure_export.exported(policy)
+    results["random_weights"] = full_tensors(policy)
+    if runtime.is_main:
+        torch.save(results, out / f"{name}.pt")
     # The store of this process group outlives it for a moment: the next one meets at another port.
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
     stop_runtime()
-    return results
 
 
-def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: Path) -> dict[str, Any]:
+def measure_training(policy: Policy, layout: Layout, model: Model, folder: Path) -> dict[str, Any]:
     """Scores and gradients of the loaded weights, then optimizer steps with refused ones between them."""
     batch = training_batch()
     worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
@@ -109,7 +111,7 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
     results["applied"] = [update.applied for update in updates]
     results["norms"] = [update.metrics["grad_norm"] for update in updates]
     results["lrs"] = [update.metrics["lr"] for update in updates]
-    results["weights"] = measure_export.exported(policy)
+    results["weights"] = full_tensors(policy)
 
     def step(policy: Policy, optimizer: PolicyOptimizer) -> None:
         worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
@@ -118,13 +120,13 @@ def measure_training(policy: Policy, layout: Layout, model: Model, checkpoints: 
         assert worker.update(batch, everything, optimizer, Algorithm(), tokens).applied
 
     if layout.resumes:
-        results["resumed"] = measure_checkpoints.resumed_exactly(
-            checkpoints, policy, optimizer, settings, model, Parallel(**layout.parallel), step
+        results["resumed"] = resumed_exactly(
+            folder, policy, optimizer, settings, model, Parallel(**layout.parallel), step
         )
     if layout.continues:
-        measure_checkpoints.continued(checkpoints, policy, settings, step)
+        continued(folder, policy, settings, step)
     if layout.resumes or layout.continues:
-        results["later_weights"] = measure_export.exported(policy)
+        results["later_weights"] = full_tensors(policy)
     return results
 
 
@@ -196,7 +198,7 @@ def complete_gradients(policy: Policy) -> dict[str, Tensor]:
                 for bucket in buffer.buckets:
                     shards = shard_buffer(bucket.grad_data, group.size())
                     dist.all_gather(shards, shards[group.rank()].clone(), group=group)
-    return measure_export.exported(policy, lambda tensor: getattr(tensor, "main_grad", None))
+    return full_tensors(policy, lambda tensor: getattr(tensor, "main_grad", None))
 
 
 def padding_gradient(policy: Policy) -> float:
@@ -212,17 +214,15 @@ def padding_gradient(policy: Policy) -> float:
     return max(policy.runtime.gather_objects(largest))
 
 
-def main(models: Path, out: Path) -> None:
+def main(models: Path, out: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    for name, layout in LAYOUTS.items():
-        if layout.world_size == int(os.environ["WORLD_SIZE"]):
-            results = measure(name, layout, models, out)
-            if os.environ["RANK"] == "0":
-                torch.save(results, out / f"{name}.pt")
-    if os.environ["WORLD_SIZE"] == "1":
-        cases = product((None, "logits"), (False, True))
-        torch.save({case: measure_long_responses.peaks_of_logits(*case) for case in cases}, out / "long responses.pt")
+    for name in cases(out, names):
+        if name == LONG_RESPONSES:
+            settings = product((None, "logits"), (False, True))
+            torch.save({case: peaks_of_logits(*case) for case in settings}, out / f"{name}.pt")
+        else:
+            measure(name, models, out)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
