@@ -17,8 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm, local_multi_tensor_scale
 
+from eapo_megatron.megatron_compat.replacements import install_cpu_runtime
 from eapo_megatron.policy.attention import RMSNorm, ScaledDotProductAttention
-from eapo_megatron.policy.runtime import install_cpu_runtime
 
 os.environ["NVIDIA_PYTORCH_VERSION"] = "none"  # NeMo asks for the container's
 install_cpu_runtime()

@@ -10,17 +10,13 @@ ranks and are restored where the world has the same size.
 from __future__ import annotations
 
 import json
-import queue
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -28,8 +24,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from eapo_megatron.config import RecipeError
 from eapo_megatron.durable import publish, write_json
+from eapo_megatron.megatron_compat.replacements import (
+    SAVE_IN_PROCESS,
+    STEPS_KEPT_ON_LOAD,
+    cuda_tensor_types,
+    replaced,
+)
 from eapo_megatron.policy.policy_model import Policy
-from eapo_megatron.policy.runtime import cuda_tensor_types, rng_state, set_rng_state
+from eapo_megatron.policy.runtime import rng_state, set_rng_state
 
 # The distributed optimizer's one format that any other data-parallel size can read. Megatron is given copies: it
 # adds this runtime's process groups to them.
@@ -103,7 +105,7 @@ class Checkpoints:
         init_optimizer_state(optimizer)
         loaded = _load_tensors(folder, _sharded_state(policy, optimizer, is_loading=True) | {"schedule": {}})
         _load_model(policy, loaded)
-        with cuda_tensor_types(), _steps_kept_on_load(optimizer):
+        with cuda_tensor_types(), replaced(STEPS_KEPT_ON_LOAD):
             _load_optimizer(optimizer, loaded["optimizer"])
         _unalias_steps(optimizer)
         schedule.load_state_dict(loaded["schedule"])
@@ -192,11 +194,9 @@ def _load_model(policy: Policy, loaded: dict[str, Any]) -> None:
 
 
 def _save_tensors(folder: Path, state: dict[str, Any]) -> None:
-    # Results of a synchronous save stay in this process. Megatron would start a manager process for them: seconds, and
-    # a rank that is killed leaves it behind.
-    filesystem_async._results_queue = queue.SimpleQueue()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=dict(METADATA))
+    with replaced(SAVE_IN_PROCESS):
+        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=dict(METADATA))
 
 
 def _load_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -215,29 +215,6 @@ def init_optimizer_state(optimizer: ChainedOptimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter.data),
                     "exp_avg_sq": torch.zeros_like(parameter.data),
                 }
-
-
-@contextmanager
-def _steps_kept_on_load(optimizer: ChainedOptimizer) -> Iterator[None]:
-    """Megatron's distributed optimizer looks for torch Adam's step among a file's tensors; it is in the groups."""
-    distributed = [
-        part
-        for part in optimizer.chained_optimizers
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)
-    ]
-    for part in distributed:
-
-        def set_states(model_param: Any, tensors: dict[str, Any], part: DistributedOptimizer = part) -> None:
-            group, index = part.model_param_group_index_map[model_param]
-            step = part.optimizer.state[part.optimizer.param_groups[group]["params"][index]]["step"]
-            type(part)._set_main_param_and_optimizer_states(part, model_param, {**tensors, "step": step})
-
-        part._set_main_param_and_optimizer_states = set_states
-    try:
-        yield
-    finally:
-        for part in distributed:
-            del part._set_main_param_and_optimizer_states
 
 
 def _unalias_steps(optimizer: ChainedOptimizer) -> None:

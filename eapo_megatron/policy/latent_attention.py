@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
+from eapo_megatron.megatron_compat.replacements import LATENT_ATTENTION, install
 from eapo_megatron.policy.attention import RMSNorm
 
 LATENT_NORM_EPS = 1e-6
-if not isinstance(multi_latent_attention.TELinear, type):
-    multi_latent_attention.HAVE_TE = False  # a mock of Transformer Engine passes for it there
 
 
 class LatentNorm(RMSNorm):
@@ -49,6 +47,7 @@ class LatentSelfAttention(MLASelfAttention):
     """Megatron's MLA with whole down-projections."""
 
     def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
+        install(LATENT_ATTENTION)
         super().__init__(config, *args, **kwargs)
         self.linear_kv_down_proj = ReplicatedLinear(
             config, config.hidden_size, config.kv_lora_rank + config.qk_pos_emb_head_dim

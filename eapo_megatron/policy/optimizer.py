@@ -10,8 +10,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from eapo_megatron.config import Optimizer as OptimizerSettings
+from eapo_megatron.megatron_compat.replacements import cuda_tensor_types
 from eapo_megatron.policy.policy_model import Policy
-from eapo_megatron.policy.runtime import cuda_tensor_types
 
 
 @dataclass

@@ -1,17 +1,13 @@
 """Process groups, seeds and devices: one runtime for GPUs (nccl) and CPU (gloo) with the same code path above it.
 
-megatron-core asks torch.cuda for devices, streams and random states even where no tensor is on a GPU. On a machine
-without one `install_cpu_runtime` answers these calls for the CPU; nothing else in the package touches torch.cuda.
-The GPU path was not run here.
+megatron-core asks torch.cuda for devices, streams and random states even where no tensor is on a GPU. On CPU
+`megatron_compat` answers these calls; nothing else in the package touches torch.cuda. The GPU path was not run here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import resource
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 
 from eapo_megatron.config import Parallel
-from eapo_megatron.policy.experts import install_cpu_experts
+from eapo_megatron.megatron_compat.replacements import install_cpu_runtime, runs_on_cpu
 
 
 @dataclass(frozen=True)
@@ -151,12 +147,12 @@ def stop_runtime() -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """This rank's random states: torch's, the GPU's where there is one, and Megatron's tracker."""
+    """This rank's random states: torch's, its GPU's where it works on one, and Megatron's tracker."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "tracker": megatron_random.get_cuda_rng_tracker().get_states(),
     }
-    if torch.cuda.is_available():
+    if not runs_on_cpu():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -167,51 +163,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     megatron_random.get_cuda_rng_tracker().set_states(state["tracker"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-@functools.cache
-def install_cpu_runtime() -> None:
-    """Answers for the CPU what megatron-core asks of torch.cuda; for processes without a GPU, once for their life."""
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_, **__: None
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
-    for name in ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    install_cpu_experts()
-
-
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A tensor factory that makes on the CPU what was asked for on a GPU."""
-
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if str(kwargs.get("device", "cpu")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-            kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
-
-    return make
-
-
-@contextlib.contextmanager
-def cuda_tensor_types() -> Iterator[None]:
-    """While Megatron's optimizer is built or steps: CPU tensors name the GPU type that it insists on."""
-    if torch.cuda.is_available():
-        yield
-        return
-    real_type = torch.Tensor.type
-
-    def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-        named = real_type(self, dtype, **kwargs) if dtype is not None else real_type(self)
-        return named.replace("torch.", "torch.cuda.", 1) if dtype is None else named
-
-    torch.Tensor.type = type_name  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.Tensor.type = real_type  # type: ignore[method-assign]

@@ -1,0 +1,302 @@
+"""Every attribute of megatron-core or torch that is replaced at run time: one list, and how it takes effect.
+
+Each entry checks that its attribute exists, so a renamed private is an error that names it. Nothing outside this file
+assigns to an attribute of either library.
+
+torch's tensor factories are wrapped one by one. A `torch.overrides.TorchFunctionMode` answers the same calls, but it
+sends every operation through Python: two to three microseconds each, scoring took 1.07 times as long with the policy of
+the arithmetic recipe and 1.34 times with the tests' tiny one, an update 1.03 and 1.19 times (CPU time, one thread).
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm, local_multi_tensor_scale
+
+from eapo_megatron.megatron_compat import stand_ins
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One attribute that is replaced."""
+
+    owner: Any  # a module or class of megatron-core or torch
+    name: str
+    replacement: Callable[[Any], Any]  # the attribute -> what takes its place
+    why: str
+    until: str  # what makes it unnecessary
+    read_by: Callable | None = None  # where the owner may lack the attribute: the function that reads it
+
+    @property
+    def label(self) -> str:
+        """The attribute's full name."""
+        if isinstance(self.owner, ModuleType):
+            return f"{self.owner.__name__}.{self.name}"
+        return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
+
+    def check(self) -> None:
+        """Looks for the attribute.
+
+        Raises:
+            AttributeError: where the installed megatron-core or torch has it no longer, with its full name.
+        """
+        known = hasattr(self.owner, self.name) if self.read_by is None else self.name in self.read_by.__code__.co_names
+        if not known:
+            raise AttributeError(f"{self.label} does not exist, but this package replaces it: {self.why}")
+
+    def put(self) -> None:
+        """Puts the replacement in the attribute's place."""
+        setattr(self.owner, self.name, self.replacement(getattr(self.owner, self.name, None)))
+
+    def undo(self, before: Any) -> None:
+        """Puts back what the owner itself held; it may have inherited the attribute, or lacked it."""
+        if before is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, before)
+
+
+_installed: set[Replacement] = set()
+
+
+def install(replacements: Sequence[Replacement]) -> None:
+    """Replaces attributes for the life of the process; those that already are stay so.
+
+    Raises:
+        AttributeError: where one does not exist; then none is replaced.
+    """
+    missing = [entry for entry in replacements if entry not in _installed]
+    for entry in missing:
+        entry.check()
+    for entry in missing:
+        entry.put()
+        _installed.add(entry)
+
+
+def is_installed(replacements: Sequence[Replacement]) -> bool:
+    """Whether `install` was called for all of these."""
+    return _installed.issuperset(replacements)
+
+
+@contextmanager
+def replaced(replacements: Sequence[Replacement]) -> Iterator[None]:
+    """Replaces attributes within a block.
+
+    Raises:
+        AttributeError: where one does not exist; then none is replaced.
+    """
+    for entry in replacements:
+        entry.check()
+    with ExitStack() as undoing:
+        for entry in replacements:
+            undoing.callback(entry.undo, vars(entry.owner).get(entry.name, _ABSENT))
+            entry.put()
+        yield
+
+
+def _instead(value: Any) -> Callable[[Any], Any]:
+    """A value that has nothing of what it replaces."""
+    return lambda _: value
+
+
+_ASKS_DEVICE = "megatron-core asks a tensor, or the process group, for its device"
+_ANY_GENERATOR = "megatron-core's tracker holds states of any torch.Generator"
+_FUSED = "Where apex or Transformer Engine is installed, megatron-core's optimizers run its kernels, for the GPU alone."
+CPU_RUNTIME = (
+    Replacement(
+        torch.cuda,
+        "current_device",
+        _instead(stand_ins.cpu_device),
+        why="megatron-core allocates what it receives on the current GPU.",
+        until=_ASKS_DEVICE,
+    ),
+    Replacement(
+        torch.cuda,
+        "synchronize",
+        _instead(stand_ins.no_synchronization),
+        why="Pipeline schedules and checkpoints wait for the GPU.",
+        until=_ASKS_DEVICE,
+    ),
+    Replacement(
+        torch.cuda,
+        "manual_seed",
+        _instead(torch.manual_seed),
+        why="Megatron's tracker of random states seeds the GPU.",
+        until=_ANY_GENERATOR,
+    ),
+    Replacement(
+        torch.cuda,
+        "get_rng_state",
+        _instead(stand_ins.cpu_rng_state),
+        why="Megatron's tracker of random states reads the GPU's.",
+        until=_ANY_GENERATOR,
+    ),
+    Replacement(
+        torch.cuda,
+        "set_rng_state",
+        _instead(stand_ins.set_cpu_rng_state),
+        why="The counterpart of torch.cuda.get_rng_state.",
+        until=_ANY_GENERATOR,
+    ),
+    Replacement(
+        megatron_random,
+        "_get_cuda_rng_state",
+        _instead(stand_ins.cpu_rng_state),
+        why="Recomputation saves the GPU's random state and opens CUDA for it.",
+        until=_ANY_GENERATOR,
+    ),
+    Replacement(
+        megatron_random,
+        "_set_cuda_rng_state",
+        _instead(stand_ins.set_cpu_rng_state),
+        why="Recomputation restores the GPU's random state and opens CUDA for it.",
+        until=_ANY_GENERATOR,
+    ),
+    Replacement(
+        torch.Tensor,
+        "cuda",
+        _instead(stand_ins.itself),
+        why="megatron-core moves tensors to the GPU.",
+        until=_ASKS_DEVICE,
+    ),
+    *(
+        Replacement(
+            torch,
+            name,
+            stand_ins.on_cpu,
+            why='megatron-core makes tensors with device="cuda".',
+            until=_ASKS_DEVICE,
+        )
+        for name in ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn")
+    ),
+    Replacement(
+        moe_utils,
+        "te_general_gemm",
+        _instead(None),
+        why="The router's product tests it for None, but it is undefined without Transformer Engine.",
+        until="megatron-core defines it as None there",
+        read_by=moe_utils.RouterGatingLinearFunction.forward,
+    ),
+    Replacement(
+        MoEAlltoAllTokenDispatcher,
+        "cuda_dtoh_stream",
+        _instead("none"),
+        why="The dispatcher opens a CUDA stream where this is None.",
+        until=_ASKS_DEVICE,
+    ),
+    Replacement(
+        MoEAlltoAllTokenDispatcher,
+        "_maybe_dtoh_and_synchronize",
+        _instead(stand_ins.splits_as_lists),
+        why="The dispatcher copies sizes from the GPU on that stream.",
+        until=_ASKS_DEVICE,
+    ),
+    Replacement(
+        mappings,
+        "_gather_along_first_dim",
+        stand_ins.gathering_uneven_shards,
+        why="Experts gather shards of unequal size, which gloo refuses.",
+        until="gloo's all_gather takes tensors of unequal size",
+    ),
+    Replacement(
+        megatron_optimizer,
+        "USING_PYTORCH_OPTIMIZER",
+        _instead(True),
+        why=_FUSED,
+        until=_ASKS_DEVICE,
+    ),
+    Replacement(
+        megatron_optimizer,
+        "SGD",
+        _instead(torch.optim.SGD),
+        why=_FUSED,
+        until=_ASKS_DEVICE,
+    ),
+    Replacement(
+        distrib_optimizer,
+        "HAVE_APEX_OR_TE",
+        _instead(False),
+        why="The distributed optimizer then looks for Adam's step in another place.",
+        until=_ASKS_DEVICE,
+    ),
+    *(
+        Replacement(owner, name, _instead(plain), why=_FUSED, until=_ASKS_DEVICE)
+        for owner, name, plain in (
+            (clip_grads, "multi_tensor_applier", local_multi_tensor_applier),
+            (clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm),
+            (clip_grads, "multi_tensor_scale_impl", local_multi_tensor_scale),
+            (optimizer, "multi_tensor_applier", local_multi_tensor_applier),
+            (optimizer, "multi_tensor_scale_impl", local_multi_tensor_scale),
+        )
+    ),
+)
+CUDA_TENSOR_TYPES = (
+    Replacement(
+        torch.Tensor,
+        "type",
+        stand_ins.naming_gpu_types,
+        why="Megatron's optimizer compares the names of types with those of GPU tensors.",
+        until="megatron-core compares dtypes",
+    ),
+)
+LATENT_ATTENTION = (
+    Replacement(
+        multi_latent_attention,
+        "HAVE_TE",
+        stand_ins.unless_mocked,
+        why="Without Transformer Engine a mock of it is imported, and isinstance with its TELinear fails.",
+        until="multi_latent_attention takes HAVE_TE from megatron-core's extension for it",
+    ),
+)
+SAVE_IN_PROCESS = (
+    Replacement(
+        filesystem_async,
+        "_results_queue",
+        lambda _: queue.SimpleQueue(),
+        why="For a save's results Megatron starts a manager process: seconds, and a killed rank leaves it behind.",
+        until="megatron-core starts it for asynchronous saves alone",
+    ),
+)
+STEPS_KEPT_ON_LOAD = (
+    Replacement(
+        DistributedOptimizer,
+        "_set_main_param_and_optimizer_states",
+        stand_ins.keeping_steps,
+        why="Megatron looks for torch Adam's step among a file's tensors; it is in the groups.",
+        until="megatron-core loads torch Adam's step from the groups",
+    ),
+)
+REPLACEMENTS = (*CPU_RUNTIME, *CUDA_TENSOR_TYPES, *LATENT_ATTENTION, *SAVE_IN_PROCESS, *STEPS_KEPT_ON_LOAD)
+
+
+def install_cpu_runtime() -> None:
+    """Answers for the CPU what megatron-core asks of torch.cuda, for the life of the process, beside a GPU too."""
+    install(CPU_RUNTIME)
+
+
+def runs_on_cpu() -> bool:
+    """Whether this process works on the CPU, which is its runtime's choice: the machine may have a GPU."""
+    return is_installed(CPU_RUNTIME)
+
+
+def cuda_tensor_types() -> AbstractContextManager[None]:
+    """While Megatron's optimizer is built, steps, saves or loads: CPU tensors name the GPU type that it insists on."""
+    return replaced(CUDA_TENSOR_TYPES) if runs_on_cpu() else nullcontext()
