@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,14 @@ import torch
 # Triton's interpreter runs kernels on CPU tensors. Triton reads this as it is imported, which Megatron does too.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# NeMo's environment has no hypothesis: nothing that runs there is a property test.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("same examples", max_examples=50, deadline=None, derandomize=True)
+    settings.register_profile("fresh examples", max_examples=1000, deadline=None, print_blob=True)
+    settings.load_profile("same examples")
 
 SCRIPT = Path(__file__).parent / "measure_layouts.py"
 

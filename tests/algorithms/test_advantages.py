@@ -2,7 +2,7 @@ import statistics as reference
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eapo_megatron.algorithms import ESTIMATORS, group_advantages
@@ -19,7 +19,6 @@ def expected_advantage(estimator: str, reward: float, others: list[float]) -> fl
     return 0.1 if reward > 0 else -1.0
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     responses=st.lists(st.tuples(st.sampled_from([2**63 - 1, -5, 0]), st.floats(-10, 10, width=32)), max_size=10),
     estimator=st.sampled_from(sorted(ESTIMATORS)),

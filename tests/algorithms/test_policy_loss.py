@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_batches import Batch, batches
 from torch import Tensor
@@ -81,7 +81,6 @@ def reference_terms(inputs: LossInputs, loss_settings: LossSettings, i: int, t: 
     return {**terms, "loss": loss, "slope": slope}
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     batch=batches(),
     seed=st.integers(0, 2**31),
@@ -114,7 +113,6 @@ def test_loss_gradient_and_metrics_match_the_formulas(batch: Batch, seed: int, *
     assert not any(value.requires_grad for value in outputs.metrics.values())
 
 
-@settings(max_examples=20, deadline=None)
 @given(batch=batches(min_responses=2), seed=st.integers(0, 2**31), aggregation=st.sampled_from(sorted(AGGREGATIONS)))
 def test_micro_batches_add_up_to_the_whole(batch: Batch, seed: int, aggregation: str) -> None:
     loss_settings = replace(EVERYTHING, aggregation=aggregation)
@@ -131,7 +129,6 @@ def test_micro_batches_add_up_to_the_whole(batch: Batch, seed: int, aggregation:
     assert totals == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4, abs=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
 @given(batch=batches(), seed=st.integers(0, 2**31))
 def test_grpo_loss_is_the_sum_of_the_quadrant_losses(batch: Batch, seed: int) -> None:
     shaping = ShapingInputs(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_batches import Batch, batches
 
@@ -36,7 +36,6 @@ def expected_eapo(batch: Batch, alpha: float, phi: float, without: tuple[str, ..
     return shaped
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     batch=batches(),
     alpha=st.floats(0.01, 1.0),
@@ -60,7 +59,6 @@ def test_eapo_matches_equations_6_and_7(batch: Batch, alpha: float, excess: floa
     torch.testing.assert_close(shaped, expected, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=40, deadline=None)
 @given(batch=batches(), alpha=st.floats(0.01, 1.0), excess=st.floats(0.01, 4.0))
 def test_eapo_keeps_signs_and_stays_within_its_bound(batch: Batch, alpha: float, excess: float) -> None:
     phi = alpha + excess
@@ -106,7 +104,6 @@ def test_eapo_advantages_carry_no_gradient() -> None:
     assert not eapo_advantages(torch.ones(2, 3), entropies, mask, torch.tensor([1, 1])).requires_grad
 
 
-@settings(max_examples=30, deadline=None)
 @given(batch=batches())
 def test_shapings_by_name_match_their_definitions(batch: Batch) -> None:
     inputs = shaping_inputs(batch)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,7 +39,6 @@ def reference(logits: list[float], temperature: float, top_k: int, top_p: float)
     top_p=st.floats(0.05, 1.0),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None)
 def test_filtered_distribution(rows: int, vocab: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
     actual = filtered_log_probs(logits, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
@@ -88,7 +87,6 @@ def test_draw_never_takes_a_token_of_probability_zero(weights: list[float], unif
 
 
 @given(seed=st.integers(0, 2**31), vocab=st.integers(2, 300), top_p=st.floats(0.05, 1.0))
-@settings(max_examples=40, deadline=None)
 def test_draw_stays_within_the_kept_tokens(seed: int, vocab: int, top_p: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(6, vocab, generator=generator) * 8

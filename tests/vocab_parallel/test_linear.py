@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_logits import peak_bytes
 from torch import Tensor
@@ -87,7 +87,6 @@ shapes = st.one_of(
 )
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     shape=shapes,
     vocab=st.one_of(st.integers(1, 70), st.sampled_from([BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 77])),

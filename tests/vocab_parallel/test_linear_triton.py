@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -155,7 +155,6 @@ SHAPES = {
 }
 
 
-@settings(max_examples=25, deadline=None)
 @given(**SHAPES)
 def test_forward(tokens: int, columns: int, width: int, dtype: torch.dtype, bias: str, seed: int) -> None:
     with small_blocks():
@@ -178,7 +177,6 @@ def test_forward(tokens: int, columns: int, width: int, dtype: torch.dtype, bias
         torch.testing.assert_close(target[index], expected, rtol=2e-6, atol=2e-6)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     **SHAPES,
     slope=st.booleans(),

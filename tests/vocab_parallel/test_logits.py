@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -51,7 +51,6 @@ def random_case(
     return logits, torch.randint(vocab, (tokens,), generator=generator)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 4), max_size=3),
     vocab=st.integers(1, 70),
