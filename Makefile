@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train test test-vllm test-nemo test-slurm lint benchmark
+.PHONY: setup train test test-random test-vllm test-nemo test-slurm lint benchmark
 
 setup: .venv/.installed
 
@@ -11,6 +11,10 @@ train: setup
 
 test: setup lint
 	$(BIN)/pytest
+
+# Property tests alone, on fresh examples and many. A failure prints the decorator that draws its example again.
+test-random: setup
+	$(BIN)/pytest -m hypothesis --hypothesis-profile="fresh examples"
 
 test-vllm: .venv-vllm/.installed
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/pytest tests/with_vllm

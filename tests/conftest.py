@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,14 @@ if not torch.cuda.is_available():
 # Tensors of tests are small: threads would spend their time waiting for each other, here and in what tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# NeMo's environment has no hypothesis: nothing that runs there is a property test.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("same examples", max_examples=50, deadline=None, derandomize=True)
+    settings.register_profile("fresh examples", max_examples=1000, deadline=None, print_blob=True)
+    settings.load_profile("same examples")
 
 SCRIPT = Path(__file__).parent / "ranks" / "every_layout.py"
 

@@ -3,7 +3,7 @@ import statistics as reference
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eapo_megatron.algorithms import ESTIMATORS, group_advantages, min_group_size
@@ -23,7 +23,6 @@ def expected_advantage(estimator: str, reward: float, others: list[float], posit
     return 0.1 if reward > positive_threshold else -1.0
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     responses=st.lists(
         st.tuples(st.sampled_from([2**63 - 1, -5, 0]), st.floats(-10, 10, width=32) | st.just(math.nan)), max_size=10

@@ -1,12 +1,11 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from random_batches import Batch, batches
 
 from eapo_megatron.algorithms import AGGREGATIONS, loss_weights
 
 
-@settings(max_examples=40, deadline=None)
 @given(batch=batches())
 def test_weights_match_their_denominators(batch: Batch) -> None:
     tokens = [(i, t) for i, t in batch.mask.nonzero().tolist()]

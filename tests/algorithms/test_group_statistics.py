@@ -2,13 +2,12 @@ import math
 import statistics as reference
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from random_batches import Batch, batches
 
 from eapo_megatron.algorithms.group_statistics import merge_responses, response_statistics, token_statistics
 
 
-@settings(max_examples=40, deadline=None)
 @given(batch=batches())
 def test_token_statistics_match_a_loop_over_tokens(batch: Batch) -> None:
     statistics = token_statistics(batch.entropies, batch.mask, batch.group_ids)

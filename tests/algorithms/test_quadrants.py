@@ -2,13 +2,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from random_batches import Batch, batches
 
 from eapo_megatron.algorithms import QUADRANTS, quadrant_masks, quadrant_metrics, quadrant_statistics
 
 
-@settings(max_examples=40, deadline=None)
 @given(batch=batches())
 def test_quadrants_partition_the_mask_and_match_a_loop(batch: Batch) -> None:
     masks = quadrant_masks(batch.rewards, batch.entropies, batch.mask, batch.group_ids)
@@ -34,7 +33,6 @@ def test_positive_threshold_decides_polarity() -> None:
     assert masks["nhr"][:, 0].tolist() == [True, True, False]
 
 
-@settings(max_examples=20, deadline=None)
 @given(batch=batches())
 def test_metrics_of_summed_parts_are_those_of_the_whole(batch: Batch) -> None:
     masks = quadrant_masks(batch.rewards, batch.entropies, batch.mask, batch.group_ids)

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_batches import Batch, batches
 
 from eapo_megatron.algorithms import QUADRANTS, SHAPINGS, ShapingInputs, eapo_advantages, shape_advantages
+
+ROUNDING = 1.001 * 2.0**-24  # to float32: of the result once, of the largest entropy term three times
 
 
 def shaping_inputs(batch: Batch) -> ShapingInputs:
@@ -36,7 +38,6 @@ def expected_eapo(batch: Batch, alpha: float, phi: float, without: tuple[str, ..
     return shaped
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     batch=batches(),
     alpha=st.floats(0.01, 1.0),
@@ -56,11 +57,11 @@ def test_eapo_matches_equations_6_and_7(batch: Batch, alpha: float, excess: floa
         without=without,
     )
     assert shaped.dtype == torch.float32
-    expected = expected_eapo(batch, alpha, phi, without).float()
-    torch.testing.assert_close(shaped, expected, rtol=1e-6, atol=1e-7)
+    expected = expected_eapo(batch, alpha, phi, without)
+    size = expected.abs() + 3 * alpha / phi * torch.where(batch.mask, batch.advantages, 0.0).double().abs()
+    assert bool(((shaped.double() - expected).abs() <= ROUNDING * size).all())
 
 
-@settings(max_examples=40, deadline=None)
 @given(batch=batches(), alpha=st.floats(0.01, 1.0), excess=st.floats(0.01, 4.0))
 def test_eapo_keeps_signs_and_stays_within_its_bound(batch: Batch, alpha: float, excess: float) -> None:
     phi = alpha + excess
@@ -69,7 +70,8 @@ def test_eapo_keeps_signs_and_stays_within_its_bound(batch: Batch, alpha: float,
     ).double()
     advantages = torch.where(batch.mask, batch.advantages, 0.0).double()
     assert torch.equal(shaped.sign(), advantages.sign())
-    assert bool(((shaped - advantages).abs() <= advantages.abs() * (alpha / phi + 1e-7)).all())
+    rounding = ROUNDING * (1 + 3 * alpha / phi)
+    assert bool(((shaped - advantages).abs() <= advantages.abs() * (alpha / phi + rounding)).all())
     assert not shaped[~batch.mask].any()
 
 
@@ -106,7 +108,6 @@ def test_eapo_advantages_carry_no_gradient() -> None:
     assert not eapo_advantages(torch.ones(2, 3), entropies, mask, torch.tensor([1, 1])).requires_grad
 
 
-@settings(max_examples=30, deadline=None)
 @given(batch=batches())
 def test_shapings_by_name_match_their_definitions(batch: Batch) -> None:
     inputs = shaping_inputs(batch)

@@ -1,11 +1,10 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eapo_megatron.algorithms.top_tokens import top_tokens
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     values=st.lists(
         st.one_of(st.floats(width=32, allow_nan=False), st.sampled_from([0.0, -0.0, 1.0, 1.0000001])), max_size=15

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eapo_megatron.data import Example, arithmetic_examples, arithmetic_tokenizer, draw_solution, load_tokenizer
@@ -29,7 +29,6 @@ def verify_derivation(prompt: str, solution: str) -> str:
     return result
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(["train", "held_out"]),
     st.integers(),

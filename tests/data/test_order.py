@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eapo_megatron.data import prompt_indices
@@ -8,13 +8,11 @@ seeds = st.integers(-(2**63), 2**63)
 sizes = st.integers(1, 200)
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, sizes, st.integers(0, 5))
 def test_every_epoch_is_a_permutation(seed: int, size: int, epoch: int) -> None:
     assert sorted(prompt_indices(seed, epoch * size, size, size)) == list(range(size))
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, sizes, st.integers(0, 10**6), st.lists(st.integers(0, 40), max_size=6))
 def test_resuming_anywhere_gives_the_same_order(seed: int, size: int, position: int, counts: list[int]) -> None:
     pieces: list[int] = []
@@ -23,7 +21,6 @@ def test_resuming_anywhere_gives_the_same_order(seed: int, size: int, position: 
     assert pieces == prompt_indices(seed, position, sum(counts), size)
 
 
-@settings(max_examples=30, deadline=None)
 @given(seeds, st.integers(20, 200))
 def test_epochs_and_seeds_differ(seed: int, size: int) -> None:
     first = prompt_indices(seed, 0, size, size)

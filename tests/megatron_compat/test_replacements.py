@@ -29,7 +29,7 @@ from eapo_megatron.megatron_compat.replacements import (
 from launch import run_ranks
 
 PACKAGE = Path(eapo_megatron.__file__).parent
-SCRIPT = Path(__file__).parents[1] / "measure_cpu_beside_gpu.py"
+SCRIPT = Path(__file__).parents[1] / "ranks" / "cpu_beside_gpu.py"
 DISPATCHER = "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
 EXPECTED = [
     "torch.cuda.current_device",

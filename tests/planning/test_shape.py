@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,7 +67,6 @@ def pipelines(draw: st.DrawFn) -> tuple[Parallel, int]:
     return parallel, layers
 
 
-@settings(deadline=None)
 @given(pipelines())
 def test_layers_of_stages_are_megatrons(pipeline: tuple[Parallel, int]) -> None:
     from megatron.core.transformer.transformer_block import get_num_layers_to_build

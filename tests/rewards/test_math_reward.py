@@ -2,7 +2,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eapo_megatron.rewards import math_reward
@@ -167,7 +167,6 @@ def test_reference_of_a_wrong_type(answer: object) -> None:
         reward("5", answer)  # type: ignore[arg-type]
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.fractions(max_denominator=999), st.fractions(max_denominator=999))
 def test_fractions_are_compared_exactly(first: Fraction, second: Fraction) -> None:
     written = rf"\frac{{{first.numerator}}}{{{first.denominator}}}"
@@ -175,13 +174,11 @@ def test_fractions_are_compared_exactly(first: Fraction, second: Fraction) -> No
     assert reward(written, f"{7 * first.numerator}/{7 * first.denominator}") == 1.0
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(-(10**12), 10**12), st.integers(-3, 3))
 def test_thousands_commas(number: int, difference: int) -> None:
     assert reward(f"{number + difference:,}", number) == (1.0 if difference == 0 else -1.0)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(-50, 50), min_size=2, max_size=5), st.randoms(use_true_random=False))
 def test_several_values_match_as_multisets(values: list[int], random) -> None:
     shuffled = random.sample(values, len(values))

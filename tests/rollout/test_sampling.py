@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,13 +39,18 @@ def reference(logits: list[float], temperature: float, top_k: int, top_p: float)
     top_p=st.floats(0.05, 1.0),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None)
 def test_filtered_distribution(rows: int, vocab: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
     actual = filtered_log_probs(logits, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
     assert actual.dtype == torch.float32
-    expected = [reference(row, temperature, top_k, top_p) for row in logits.double().tolist()]
-    torch.testing.assert_close(actual.double().exp(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    near = [[reference(row, temperature, top_k, p) for row in logits.tolist()] for p in (top_p - 1e-5, top_p + 1e-5)]
+    assume(top_p == 1 or [[x > 0 for x in row] for row in near[0]] == [[x > 0 for x in row] for row in near[1]])
+    expected = [reference(row, temperature, top_k, top_p) for row in logits.tolist()]
+    # Log-probs are differences of numbers of this size, and of the logarithm of a sum of at most 40 terms.
+    rounding = (8 * float(logits.abs().max()) / temperature + 64) * 2.0**-24
+    torch.testing.assert_close(
+        actual.double().exp(), torch.tensor(expected, dtype=torch.float64), rtol=rounding, atol=0
+    )
 
 
 def test_top_p_keeps_the_token_that_reaches_the_mass() -> None:
@@ -88,7 +93,6 @@ def test_draw_never_takes_a_token_of_probability_zero(weights: list[float], unif
 
 
 @given(seed=st.integers(0, 2**31), vocab=st.integers(2, 300), top_p=st.floats(0.05, 1.0))
-@settings(max_examples=40, deadline=None)
 def test_draw_stays_within_the_kept_tokens(seed: int, vocab: int, top_p: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(6, vocab, generator=generator) * 8

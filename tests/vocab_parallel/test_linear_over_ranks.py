@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_linear import GRADIENT_TOLERANCE, assert_gradient, reference
+from rounding import assert_near
+from test_linear import reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -108,23 +109,23 @@ def test_shards_agree_with_the_whole_vocabulary(tmp_path: Path) -> None:
         for name, (hidden, weight, targets, settings) in cases(len(group)).items():
             results = [rank[len(group), name] for rank in group]
             of_log_probs, of_entropy = upstream_of(name, targets)
-            known = {key: settings[key] for key in ("bias", "vocab_size", "temperature") if key in settings}
+            keys = ("bias", "vocab_size", "temperature", "grad_filter")
+            known = {key: settings[key] for key in keys if key in settings}
             upstream = (of_log_probs, of_entropy * settings.get("entropy_grad", True))
-            expected = reference(hidden, weight, targets, upstream, **known)
+            expected = reference(hidden, weight, targets, upstream, terms=WIDTH, **known)
             for result in results:
                 assert torch.equal(result[0], results[0][0]), name
                 assert torch.equal(result[1], results[0][1]), name
                 assert result[4] == [1, backward_collectives(name, settings)], name
-            torch.testing.assert_close(results[0][0].double(), expected.log_probs, rtol=5e-6, atol=2e-6)
-            torch.testing.assert_close(results[0][1].double(), expected.entropy, rtol=5e-6, atol=2e-6)
-            tolerance = GRADIENT_TOLERANCE[hidden.dtype]
+            assert_near(results[0][0], expected.log_probs, name)
+            assert_near(results[0][1], expected.entropy, name)
             if name != "frozen hidden":
                 parts = [result[2].double() for result in results]
                 if settings.get("allreduce_dgrad", True):
                     assert all(torch.equal(part, parts[0]) for part in parts), name
                     parts = parts[:1]
-                assert_gradient(sum(parts), expected.hidden, tolerance, 1e-6)
+                assert_near(sum(parts).to(hidden.dtype), expected.hidden, name)
             if name != "frozen weight":
                 of_weight = torch.cat([result[3] for result in results])
-                assert_gradient(of_weight, expected.weight, tolerance, 1e-6)
+                assert_near(of_weight, expected.weight, name)
                 assert not of_weight[settings.get("vocab_size", len(weight)) :].any()
