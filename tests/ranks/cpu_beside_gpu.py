@@ -33,10 +33,10 @@ for _name, _contents in {
     vars(sys.modules[_name]).update(_contents)
 torch.cuda.is_available = lambda: True
 
-import measure_checkpoints  # noqa: E402
-
-from eapo_megatron.algorithms import LossSettings, loss_weights  # noqa: E402
+from checkpoints import state  # noqa: E402
+from eapo_megatron.algorithms import Algorithm, loss_weights  # noqa: E402
 from eapo_megatron.config import Model, Optimizer, Parallel  # noqa: E402
+from eapo_megatron.policy.batching import TokenData  # noqa: E402
 from eapo_megatron.policy.checkpoint import Checkpoints  # noqa: E402
 from eapo_megatron.policy.optimizer import build_optimizer  # noqa: E402
 from eapo_megatron.policy.policy_model import build_policy  # noqa: E402
@@ -59,30 +59,27 @@ def measure(name: str, runtime: Runtime, folder: Path) -> dict[str, Any]:
     dtype, kind, parallel = CASES[name]
     architecture = MODELS["tied"]
     policy = build_policy(architecture, Model(architecture=architecture, dtype=dtype), parallel, runtime)
-    load_weights(policy, RandomWeights(architecture, seed=5))
+    load_weights(policy.modules, architecture, RandomWeights(architecture, seed=5))
     optimizer = build_optimizer(policy, Optimizer(**OPTIMIZERS[kind]))
     worker = PolicyWorker(policy, micro_batch_size=4, temperature=1.0)
     batch = training_batch()
-    before = measure_checkpoints.state(policy, optimizer)
-    update = worker.update(
-        batch,
-        range(batch.size),
-        optimizer,
-        LossSettings(),
+    before = state(policy, optimizer)
+    tokens = TokenData(
         weights=loss_weights(batch.mask, batch.group_ids),
-        old_log_probs=worker.score(batch).log_probs,
+        old_log_probs=worker.log_probs_and_entropies(batch)[0],
         advantages=batch.rewards[:, None].expand(batch.mask.shape),
     )
-    after = measure_checkpoints.state(policy, optimizer)
+    update = worker.update(batch, range(batch.size), optimizer, Algorithm(), tokens)
+    after = state(policy, optimizer)
     results = {"applied": update.applied, "moved": not all(map(torch.equal, before, after))}
     if kind == "sgd":
         return results
     checkpoints = Checkpoints(folder / name, keep_last=1, keep_best=0)
-    checkpoints.save(1, policy, optimizer.megatron, optimizer.schedule, {"score": None})
+    checkpoints.save(1, policy, optimizer.megatron, optimizer.schedule, {"ranking": None})
     for tensor in policy.modules[0].parameters():
         tensor.data.zero_()
     checkpoints.load(1, policy, optimizer.megatron, optimizer.schedule)
-    loaded = measure_checkpoints.state(policy, optimizer)
+    loaded = state(policy, optimizer)
     return {**results, "loaded": len(after) == len(loaded) and all(map(torch.equal, after, loaded))}
 
 
