@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from eapo_megatron.policy.attention import CachingSelfAttention, RMSNorm, ScaledDotProductAttention
 from eapo_megatron.policy.experts import Router
 from eapo_megatron.policy.latent_attention import LatentNorm, LatentSelfAttention
+from eapo_megatron.weights.fused_norms import FUSED, FUSED_NORMS
 
 
 def block_spec(
@@ -51,12 +52,10 @@ def _adapt(layer: ModuleSpec, config: TransformerConfig, *, transformer_engine: 
 
 def _fused_norms(*, latent: bool, has_experts: bool, transformer_engine: bool) -> dict[str, str]:
     """The names of norms in checkpoints: those of Transformer Engine's specs, which fuse norms into linear layers."""
-    names = {}
-    if latent:
-        names["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
-        names["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj.layer_norm_"
-    if not latent and not transformer_engine:
-        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
-    if not has_experts and not transformer_engine:
-        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    return names
+    fused = {
+        "self_attention.q_layernorm": latent,
+        "self_attention.kv_layernorm": latent,
+        "input_layernorm": not latent and not transformer_engine,
+        "pre_mlp_layernorm": not has_experts and not transformer_engine,
+    }
+    return {f"{norm}.": f"{FUSED_NORMS[norm]}{FUSED}" for norm, is_fused in fused.items() if is_fused}

@@ -13,24 +13,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from eapo_megatron.weights.families import Weight
+from eapo_megatron.weights.fused_norms import fused_name
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 EXPERT = re.compile(r"(.+\.)local_experts\.(\d+)\.(.+)")
-# A norm's own name, its name when fused, and the linear layer that it is fused into.
-FUSED_NORMS = (
-    ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight"),
-    ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight"),
-    (
-        "self_attention.q_layernorm.weight",
-        "self_attention.linear_q_up_proj.layer_norm_weight",
-        "self_attention.linear_q_up_proj.weight",
-    ),
-    (
-        "self_attention.kv_layernorm.weight",
-        "self_attention.linear_kv_up_proj.layer_norm_weight",
-        "self_attention.linear_kv_up_proj.weight",
-    ),
-)
 
 
 class Place(NamedTuple):
@@ -46,7 +32,8 @@ def candidate_places(name: str) -> list[Place]:
     if layer is None:
         return [Place(name, ())]
     number, rest = int(layer[1]), layer[2]
-    rests = [rest, *(fused for norm, fused, _ in FUSED_NORMS if norm == rest)]
+    fused = fused_name(rest)
+    rests = [rest] if fused is None else [rest, fused[0]]
     return [_place(number, rest, stacked) for stacked in (True, False) for rest in rests]
 
 
@@ -64,9 +51,9 @@ def places_to_write(weights: Sequence[Weight]) -> dict[str, Place]:
             places[weight.name] = Place(weight.name, ())
             continue
         number, rest = int(layer[1]), layer[2]
-        for norm, fused, linear in FUSED_NORMS:
-            if rest == norm and linear in layers[number]:
-                rest = fused
+        fused = fused_name(rest)
+        if fused is not None and fused[1] in layers[number]:
+            rest = fused[0]
         places[weight.name] = _place(number, rest, stacked)
     return places
 

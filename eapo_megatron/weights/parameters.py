@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from eapo_megatron.weights.families import Weight, family_of
+from eapo_megatron.weights.fused_norms import own_name
 
 
 def named_weights(module: Module, hf_config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Weight]]:
@@ -32,9 +33,7 @@ def named_weights(module: Module, hf_config: Mapping[str, Any]) -> Iterator[tupl
 
 def global_name(module: Module, name: str) -> str:
     """A parameter's name in the whole model: a chunk counts its layers from 0, and a rank its experts."""
-    # Transformer Engine fuses a norm into the linear layer that follows it.
-    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
-    name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    name = own_name(name)
     if not name.startswith("decoder.layers."):
         return name
     _, _, local, rest = name.split(".", 3)
