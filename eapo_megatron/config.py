@@ -165,6 +165,15 @@ class Reward(Section):
     function: str = "math"
     num_workers: int = Field(4, ge=1)  # processes on each model replica
     timeout_seconds: float = Field(10.0, gt=0)
+    thinking: Literal["auto", "opened", "none"] = (
+        "auto"  # where `math` ignores answers; opened: the template has <think>
+    )
+
+    @model_validator(mode="after")
+    def _thinking_of_math(self) -> Reward:
+        if self.thinking != "auto" and self.function != "math":
+            raise ValueError("thinking is a setting of the function math alone")
+        return self
 
 
 class Shaping(Section):

@@ -55,7 +55,12 @@ class Sampler:
         self.tokenizer = tokenizer
         self.runtime = runtime
         self._pool = (
-            RewardPool(num_workers=reward.num_workers, timeout_seconds=reward.timeout_seconds, reward=reward.function)
+            RewardPool(
+                num_workers=reward.num_workers,
+                timeout_seconds=reward.timeout_seconds,
+                reward=reward.function,
+                thinking=reward.thinking,
+            )
             if runtime.is_replica_leader
             else None
         )
