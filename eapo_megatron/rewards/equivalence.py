@@ -23,9 +23,11 @@ _RELATION = re.compile(r"\\(?:le|ge|ne|in)(?![a-zA-Z])|[<>=]")
 _SIDES = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 # A variable or function on the left of its value: x, f(x), m_{\max}, AB, \angle ABC; \ and braces only of commands.
 _NAME = re.compile(
-    r"(?:\\(?:angle|triangle|overline|text|mathcal|vec)\s*)?\{?\s*\\?[a-zA-Z]+(?:(?:\s+\\?|\\)[a-zA-Z]+){0,3}\s*\}?'*(?:_\{(?:[^{}]|\{[^{}]*\})*\})?"
-    r"(?:\s*\([a-zA-Z, ]*\)|\s*\(\s*\\[a-z]+\s*\))?"
+    r"(?:\\(?:angle|triangle|overline|text|mathcal|vec)\s*)?\{?\s*\\?[a-zA-Z]+(?:(?:\s+\\?|\\)[a-zA-Z]+){0,3}\s*\}?'*"
+    r"(?:_\{(?:[^{}]|\{[^{}]*\})*\})?(?:\s*\([a-zA-Z, ]*\)|\s*\(\s*\\[a-z]+\s*\))?"
+    r"|\([a-zA-Z](?:\s*,\s*[a-zA-Z])+\)"
 )
+_SHORT_WORD = re.compile("[A-Za-z][a-z]{2}")
 _MATRIX = re.compile(
     r"\\begin\{(?P<kind>[a-zA-Z]*matrix|array)\}(?:\{[lcr|]*\})?(?P<rows>.*)\\end\{(?P=kind)\}", re.DOTALL
 )
@@ -65,6 +67,8 @@ def _without_space(text: str) -> str:
 
 def _same_words(prediction: str, reference: str) -> bool | None:
     """Letter by letter: as mathematics, words are products of letters and every anagram would be equal."""
+    if _SHORT_WORD.fullmatch(prediction) and prediction.lower() == reference.lower():  # yes and Yes
+        return bool(_SHORT_WORD.fullmatch(reference))
     if not (_WORDS.fullmatch(prediction) or _WORDS.fullmatch(reference)):
         return None
     if _is_list(prediction) or _is_list(reference):
@@ -348,6 +352,8 @@ def _same_quantities(prediction: str, reference: str) -> bool:
     if not same_unit(unit, expected_unit):
         return False
     numbers = read_number(predicted), read_number(expected)
+    if any(number and number.percent and other for number, other in zip(numbers, (expected_unit, unit), strict=True)):
+        return False
     if numbers[0] is not None and numbers[1] is not None:
         return same_number(numbers[0], numbers[1])
     if (predicted, expected) != (prediction, reference):

@@ -57,6 +57,7 @@ _REPLACED = [
     (r"\\operatorname\s*\{\s*((?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|det|gcd|max|min)\s*\}", r"\\\1 "),
     (r"\\(?:mathrm|textrm|textnormal|textbf|textit|textsf|texttt|mbox|hbox|operatorname)\s*\{", r"\\text{"),
     (r"\\text\s+\{", r"\\text{"),
+    (r"\\text\{\s*([A-Z](?:\s*,\s*[A-Z])+)\s*\}", r"\1"),  # choices: \text{A, C}
     (r"\\text\{\s*(?:%|percent)\s*\}|\\%|(?<=\d)\s*percent\b", "%"),
     (r"\\(?:leq|leqslant|leqq)(?![a-zA-Z])|<=|=<", r"\\le "),
     (r"\\(?:geq|geqslant|geqq)(?![a-zA-Z])|>=", r"\\ge "),
@@ -77,6 +78,7 @@ _REPLACED = [
     ),
     (r"\^\s*\{\s*((?:\\prime\s*)+)\}", lambda match: "'" * match[1].count("prime")),
     (r"\^\s*\\prime(?![a-zA-Z])", "'"),
+    (r"^\s*([a-zA-Z])\s*\\approx(?![a-zA-Z])", r"\1 ="),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
     (r"\\(?:dotsc?|cdots|ldots)(?![a-zA-Z])", r"\\ldots "),

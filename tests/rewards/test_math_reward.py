@@ -164,9 +164,9 @@ def test_answer_longer_than_any_reference_is_wrong() -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    ["a", "1", "(", "{", "(1,", r"\{", r"\text{a} ", r"\text{m}/", "1,000,", " 1", "x_1", "x^", r"\frac", r"\sqrt1", "=", "<",
-     "'", r"\pm ", "0.3", "1/", r"\cup ", "aaaa ", "i", "AB", r"\begin{pmatrix}", r"\left", "|x|",
-     "ab+", "e", "%", "_{", "or "],
+    ["a", "1", "(", "{", "(1,", r"\{", r"\text{a} ", r"\text{m}/", "1,000,", " 1", "x_1", "x^", r"\frac", r"\sqrt1",
+     "=", "<", "'", r"\pm ", "0.3", "1/", r"\cup ", "aaaa ", "i", "AB", r"\begin{pmatrix}", r"\left", "|x|", "ab+",
+     "e", "%", "_{", "or "],
 )  # fmt: skip
 @pytest.mark.parametrize("ending", ["=5", "+y"])
 def test_hostile_answers_are_decided_soon(piece: str, ending: str) -> None:
