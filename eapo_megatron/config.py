@@ -208,6 +208,14 @@ class Reward(Section):
     """Seconds for one response; one that takes longer counts as wrong, or has no verdict from a function of yours."""
     positive_threshold: float = 0.0
     """Reward above which a response counts as correct; 0 separates +1 from -1, and 1 from 0."""
+    thinking: Literal["auto", "opened", "none"] = "auto"
+    """Where `math` sees no answer; auto: before </think>; opened: the template has written <think>; none: everywhere."""
+
+    @model_validator(mode="after")
+    def _thinking_of_math(self) -> Reward:
+        if self.thinking != "auto" and self.function != "math":
+            raise ValueError("thinking is a setting of the function math alone")
+        return self
 
 
 class Shaping(Section):

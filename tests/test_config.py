@@ -69,6 +69,7 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
             "parallel: expert_tensor_parallel_size 2 beside tensor_model_parallel_size 1 needs expert_model_parallel",
         ),
         ("optimizer.lr_decay_style=cosine", "optimizer: lr_decay_steps is needed"),
+        ("reward={function: a:b, thinking: opened}", "reward: thinking is a setting of the function math alone"),
         ("name=../evil", "name: string should match pattern"),
         ("optimizer.lr", "override 'optimizer.lr' is not of the form key.path=value"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -164,8 +165,9 @@ def _answer_text(answer: Any, where: str) -> str:
         return answer.strip()
     if isinstance(answer, bool) or not isinstance(answer, int | float):
         raise DataError(f"{where}: an answer must be text, a number or a list of these, got {type(answer).__name__}")
-    # The benchmarks store whole answers as 142.0.
-    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
+    if not math.isfinite(answer):  # NaN and Infinity, which Python's JSON reads
+        return ""
+    return str(answer).removesuffix(".0")  # the benchmarks store whole answers as 142.0
 
 
 def _gsm8k_answer(text: Any, where: str) -> tuple[str, str | None]:

@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Literal
 
+from eapo_megatron.rewards.extraction import Thinking
 from eapo_megatron.rewards.guard import END
 from eapo_megatron.rewards.mathematics import INCORRECT
 from eapo_megatron.rewards.worker import REPORT_BYTES, Outcome, read_report
@@ -79,6 +80,7 @@ class RewardPool:
 
     reward: "math" (`math_reward`) or "package.module:function" with `function(response, answer) -> float`
     timeout_seconds: time for one answer; a worker that takes longer is killed and replaced
+    thinking: where "math" looks for no answer (`extract_answer`)
 
     An answer that runs out of time counts as a timeout; one whose reward raises, is no number of at most 1e6 in
     magnitude (`worker.MAX_REWARD`) or takes the process down counts as a crash. Neither has a verdict (see
@@ -89,7 +91,9 @@ class RewardPool:
     Raises ValueError for settings out of range and, on entering, when the reward function cannot be loaded.
     """
 
-    def __init__(self, *, num_workers: int, timeout_seconds: float, reward: str = "math") -> None:
+    def __init__(
+        self, *, num_workers: int, timeout_seconds: float, reward: str = "math", thinking: Thinking = "auto"
+    ) -> None:
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
         if not 0 < timeout_seconds < math.inf:
@@ -99,7 +103,7 @@ class RewardPool:
         self._num_workers = num_workers
         self._timeout_seconds = timeout_seconds
         self._reward = REWARDS.get(reward, reward)
-        self._options: dict[str, Any] = {}
+        self._options = {"thinking": thinking} if reward in REWARDS else {}
         self._no_verdict = INCORRECT if reward in REWARDS else math.nan
         self._workers: list[_Worker] = []
 

@@ -104,7 +104,12 @@ class Sampler:
         self._rollout = recipe.rollout
         reward = recipe.reward
         self._pool = (
-            RewardPool(num_workers=reward.num_workers, timeout_seconds=reward.timeout_seconds, reward=reward.function)
+            RewardPool(
+                num_workers=reward.num_workers,
+                timeout_seconds=reward.timeout_seconds,
+                reward=reward.function,
+                thinking=reward.thinking,
+            )
             if runtime.is_replica_leader
             else None
         )

@@ -55,6 +55,16 @@ def test_answers_of_every_type(tmp_path: Path) -> None:
     assert loaded.dropped == {"no answer": 1}
 
 
+def test_numbers_keep_their_decimals_and_nan_is_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    answers = ["6.02e23", "1e23", "1e-7", "100000000000000000000", "NaN", "Infinity", "-Infinity", "[NaN, 2.50]"]
+    path.write_text("".join(f'{{"problem": "?", "answer": {answer}}}\n' for answer in answers))
+    loaded = load_examples(path)
+    expected = ["6.02e+23", "1e+23", "1e-07", "100000000000000000000", ["2.5"]]
+    assert [example.answer for example in loaded.examples] == expected
+    assert loaded.dropped == {"no answer": 3}
+
+
 def test_named_fields(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", [{"q": "1+1?", "a": "2", "why": "so"}, {"q": "2+2?", "a": "4", "why": None}])
     loaded = load_examples(path, prompt_field="q", answer_field="a", solution_field="why")

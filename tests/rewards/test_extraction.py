@@ -45,6 +45,34 @@ from eapo_megatron.rewards import extract_answer
         ("I do not know", None),
         ("", None),
         (r"\boxed{never closed", None),
+        (r"$\boxed 5$", "5"),
+        (r"\boxed5", "5"),
+        (r"\fbox{42}", "42"),
+        (r"\boxed{1} and \boxed{2}", "1, 2"),
+        (r"$\boxed{1}$, $\boxed{2}$, and $\boxed{3}$", "1, 2, 3"),
+        (r"\boxed{1} or \boxed{2}", "2"),
+        (r"\boxed{1}. Then \boxed{2}", "2"),
+        ("So it is 42.\n\nAnswer: $42$", "$42$"),
+        ("Final Answer: **42**", "42"),
+        ("**Answer:** 7", "7"),
+        ("**Final Answer**: 7.", "7"),
+        ("Answer\uff1a8", "8"),
+        ("Answer: 3\nThe answer is 4", "4"),
+        ("The correct answer is 42.", "42"),
+        ("My answer: 3", None),
+        ("Answer: $11,\\! 111$", "$11,\\! 111$"),
+        ("#### $18$", "18"),
+        ("#### **18**", "18"),
+        ("#### \u22125", "\u22125"),
+        ("<answer>42</answer>", "42"),
+        (r"\boxed{1}<answer> **2** </answer>", "2"),
+        (r"<answer>so \boxed{3}</answer>", "3"),
+        ("<answer>1</answer> <answer>2</answer>", "2"),
+        (r"<think>6 times 7 is \boxed{41}</think>\boxed{42}", "42"),
+        (r"<think>6 times 7 is \boxed{41}</think> I do not know", None),
+        (r"<think>6 times 7 is \boxed{42}", None),
+        (r"6 times 7 is \boxed{41}</think>\boxed{42}", "42"),
+        (r"<think>a</think>\boxed{1}<think>\boxed{2}", None),
         ("5", None),
     ],
 )
@@ -52,7 +80,42 @@ def test_final_answer(response: str, answer: str | None) -> None:
     assert extract_answer(response) == answer
 
 
-@pytest.mark.parametrize("piece", [r"\boxed{", "{", "####", "the answer is ", "#### 1,", "\\", "}", "1" * 10])
+@pytest.mark.parametrize(
+    ("response", "auto", "opened", "none"),
+    [
+        (r"\boxed{1}", "1", None, "1"),
+        (r"\boxed{1}</think>\boxed{2}", "2", "2", "2"),
+        (r"\boxed{1}</think>", None, None, "1"),
+        (r"<think>\boxed{1}", None, None, "1"),
+        (r"<think></think>\boxed{1}", "1", "1", "1"),
+    ],
+)
+def test_thinking(response: str, auto: str | None, opened: str | None, none: str | None) -> None:
+    assert extract_answer(response) == auto
+    assert extract_answer(response, thinking="opened") == opened
+    assert extract_answer(response, thinking="none") == none
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        r"\boxed{",
+        "{",
+        "####",
+        "the answer is ",
+        "Answer: ",
+        "<answer>",
+        "<think>",
+        r"\boxed5",
+        r"\boxed{1} and ",
+        "#### $",
+        "**",
+        "#### 1,",
+        "\\",
+        "}",
+        "1" * 10,
+    ],
+)
 def test_time_is_linear_in_a_hostile_response(piece: str) -> None:
     started = time.perf_counter()
     extract_answer(piece * 30_000)

@@ -1,4 +1,5 @@
 import math
+import time
 from fractions import Fraction
 
 import pytest
@@ -159,6 +160,21 @@ def test_no_answer_is_wrong() -> None:
 def test_answer_longer_than_any_reference_is_wrong() -> None:
     assert reward("0" * 999 + "5", "5") == 1.0
     assert reward("0" * 1000 + "5", "5") == -1.0
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["a", "1", "(", "{", "(1,", r"\{", r"\text{a} ", r"\text{m}/", "1,000,", " 1", "x_1", "x^", r"\frac", r"\sqrt1",
+     "=", "<", "'", r"\pm ", "0.3", "1/", r"\cup ", "aaaa ", "i", "AB", r"\begin{pmatrix}", r"\left", "|x|", "ab+",
+     "e", "%", "_{", "or "],
+)  # fmt: skip
+@pytest.mark.parametrize("ending", ["=5", "+y"])
+def test_hostile_answers_are_decided_soon(piece: str, ending: str) -> None:
+    answer = (piece * 500)[: 500 - len(ending)] + ending
+    started = time.perf_counter()
+    for reference in ("5", r"2 \pi r", "[0,1]"):
+        reward(answer, reference)
+    assert time.perf_counter() - started < 10.0
 
 
 @pytest.mark.parametrize("answer", [None, math.nan, math.inf, True, {"a": 1}, [None]])

@@ -148,6 +148,15 @@ def test_daemons_end_with_a_pool_that_is_killed() -> None:
     assert wait_until(lambda: not is_running(daemon))
 
 
+def test_thinking_reaches_the_mathematical_reward() -> None:
+    responses = [r"\boxed{5}", r"<think>\boxed{5}", r"</think>\boxed{5}"]
+    rewards = {}
+    for thinking in ("auto", "opened", "none"):
+        with RewardPool(num_workers=1, timeout_seconds=5.0, thinking=thinking) as pool:
+            rewards[thinking] = pool.score(responses, ["5"] * 3).rewards
+    assert rewards == {"auto": [1.0, -1.0, 1.0], "opened": [-1.0, -1.0, 1.0], "none": [1.0, 1.0, 1.0]}
+
+
 def test_worker_that_died_while_idle_is_replaced() -> None:
     with RewardPool(num_workers=1, timeout_seconds=5.0, reward="reward_functions:process_id") as pool:
         first = int(pool.score([""], [""]).rewards[0])
