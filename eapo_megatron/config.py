@@ -209,7 +209,7 @@ class Reward(Section):
     positive_threshold: float = 0.0
     """Reward above which a response counts as correct; 0 separates +1 from -1, and 1 from 0."""
     thinking: Literal["auto", "opened", "none"] = "auto"
-    """Where `math` sees no answer; auto: before </think>; opened: the template has written <think>; none: everywhere."""
+    """What `math` skips: auto, what stands before </think>; opened, the same after a template that wrote <think>."""
 
     @model_validator(mode="after")
     def _thinking_of_math(self) -> Reward:
