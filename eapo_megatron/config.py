@@ -109,7 +109,7 @@ class Parallel(Section):
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
         if self.expert_model_parallel_size == 1 and self.expert_tensor_size != self.tensor_model_parallel_size:
-            # Megatron would sum these experts' gradients over the wrong ranks, without a word.
+            # Megatron would sum these experts' gradients over the wrong ranks, silently.
             raise ValueError(
                 f"expert_tensor_parallel_size {self.expert_tensor_size} beside tensor_model_parallel_size "
                 f"{self.tensor_model_parallel_size} needs expert_model_parallel_size > 1"
@@ -250,7 +250,7 @@ class Algorithm(Section):
     loss: Loss = Loss()
     """The loss that the advantages enter."""
     dynamic_sampling_rounds: int = Field(1, ge=1)
-    """1: groups of equal rewards are kept; n > 1: they are drawn anew, in up to n rounds of a step."""
+    """1: groups of equal rewards are kept; n > 1: they are replaced, in up to n rounds of a step."""
 
 
 class Optimizer(Section):

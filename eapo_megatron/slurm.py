@@ -1,6 +1,6 @@
 """A recipe as a SLURM job: launch/slurm/train.sbatch with the recipe's nodes and GPUs filled in.
 
-The script is whole: it holds its options, the interpreter and the recipe, and is kept in the run folder, so that what
+The script is complete: it holds its options, the interpreter and the recipe, and is kept in the run folder, so that what
 was submitted can be read, changed and submitted again with sbatch alone.
 """
 

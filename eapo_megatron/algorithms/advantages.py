@@ -70,7 +70,8 @@ def group_advantages(
     prompt, whichever rank of `process_group` holds them. A response is correct when its reward exceeds
     `positive_threshold`. Two collectives, none when `process_group` is None.
 
-    Raises ValueError for an unknown estimator, wrong shapes or dtypes, and infinite rewards.
+    Raises:
+        ValueError: for an unknown estimator, wrong shapes or dtypes, and infinite rewards.
     """
     estimate = choose("estimator", estimator, ESTIMATORS)
     check_rewards(rewards, len(rewards))
@@ -84,7 +85,8 @@ def group_advantages(
 def min_group_size(estimator: str) -> int:
     """The smallest group with an advantage other than 0: 2 where a response is compared with the others of its group.
 
-    Raises ValueError for an unknown estimator.
+    Raises:
+        ValueError: for an unknown estimator.
     """
     alone = group_advantages(torch.ones(1), torch.zeros(1, dtype=torch.int64), estimator=estimator)
     return 1 if bool(alone.any()) else 2

@@ -1,6 +1,6 @@
 """How per-token losses add up to one number: each token's share of the loss denominator.
 
-The shares are taken over a whole optimizer step and all its ranks, so the sum of weight * loss over any split into
+The shares are taken over an optimizer step and all its ranks, so the sum of weight * loss over any split into
 micro-batches and ranks is the same global mean. Gradients of ranks are then added, not averaged.
 A new aggregation is one function and one line in `AGGREGATIONS`.
 """
@@ -57,11 +57,12 @@ def loss_weights(
 ) -> Tensor:
     """Weight of each token in the loss, 1 / denominator, float32 [N, T]; over all ranks the weights sum to 1.
 
-    mask: bool [N, T], the response tokens of the whole optimizer step on this rank; group_ids: int64 [N], needed by
+    mask: bool [N, T], the response tokens of the optimizer step on this rank; group_ids: int64 [N], needed by
     "group_token_mean" alone. Responses and groups without tokens do not count; weights outside the mask are 0.
     At most two collectives over `process_group`, none when it is None.
 
-    Raises ValueError for an unknown aggregation, wrong shapes or dtypes, and missing group_ids.
+    Raises:
+        ValueError: for an unknown aggregation, wrong shapes or dtypes, and missing group_ids.
     """
     denominators_of = choose("aggregation", aggregation, AGGREGATIONS)
     check_mask(mask)

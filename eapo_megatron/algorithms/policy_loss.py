@@ -2,7 +2,7 @@
 
     L = sum_t w_t ( loss_t + kl_coef KL_t(pi || pi_ref) - entropy_coef H_t )
 
-w comes from `loss_weights` over the whole optimizer step, so losses, gradients and metrics of micro-batches and ranks
+w comes from `loss_weights` over the optimizer step, so losses, gradients and metrics of micro-batches and ranks
 add up to the global mean. Log-ratios are clamped to [-20, 20] before exp, as frameworks do: exp(20) is finite in
 float32 with room to be multiplied, and a token so far off the policy it was sampled from gets no gradient.
 A new loss is one function and one line in `LOSSES`; its keyword arguments are its options, and `reads("ref_log_probs")`
@@ -185,7 +185,8 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
     Metrics: "loss/policy" and those of the chosen loss; "loss/kl" and "loss/entropy" (nats) when their coefficients are
     not 0. All are sums of weight * value.
 
-    Raises ValueError naming the field that is not finite under the mask, or that the settings need and is None.
+    Raises:
+        ValueError: naming the field that is not finite under the mask, or that the settings need and is None.
     """
     for name, values in inputs.token_fields().items():
         check_finite(name, values, inputs.mask)

@@ -34,8 +34,9 @@ def quadrant_masks(
     rewards: floating point [N]; entropies: float32 or float64 [N, T] in nats; mask: bool [N, T]; group_ids: int64 [N].
     mu_H is exact over the ranks of `process_group`: two collectives, none when it is None.
 
-    Raises ValueError for wrong shapes or dtypes, for values that are not finite under the mask, and for a response
-    without a verdict (a reward of NaN) that has tokens under the mask.
+    Raises:
+        ValueError: for wrong shapes or dtypes, for values that are not finite under the mask, and for a response
+            without a verdict (a reward of NaN) that has tokens under the mask.
     """
     check_mask(mask)
     check_rewards(rewards, len(mask))
@@ -75,7 +76,8 @@ def quadrant_statistics(quadrants: Mapping[str, Tensor], entropies: Tensor, adva
     quadrants: from `quadrant_masks`, bool [N, T] each; entropies (nats), advantages: float32 or float64 [N, T].
     Keys, for each quadrant: "quadrants/phr/tokens", "quadrants/phr/entropy_sum", "quadrants/phr/abs_advantage_sum".
 
-    Raises ValueError for wrong shapes or dtypes.
+    Raises:
+        ValueError: for wrong shapes or dtypes.
     """
     sums = {}
     for name, mask in quadrants.items():

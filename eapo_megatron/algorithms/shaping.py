@@ -45,9 +45,10 @@ def eapo_advantages(
     the dtype of `advantages`, 0 outside the mask. Tokens of the quadrants named in `without` keep A (Table 3); they are
     positive where the response's reward, of `rewards` [N], exceeds `positive_threshold`.
 
-    Raises ValueError for alpha outside (0, 1], phi <= alpha, an unknown quadrant, `without` without `rewards`, wrong
-    shapes or dtypes, values that are not finite under the mask, and a response without a verdict (a reward of NaN) that
-    has tokens under the mask.
+    Raises:
+        ValueError: for alpha outside (0, 1], phi <= alpha, an unknown quadrant, `without` without `rewards`, wrong
+            shapes or dtypes, values that are not finite under the mask, and a response without a verdict (a reward of
+            NaN) that has tokens under the mask.
     """
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha must be in (0, 1], got {alpha}")
@@ -194,7 +195,9 @@ def shape_advantages(
     """The advantages [N, T] shaped by `SHAPINGS[name]` with its options, detached, 0 outside the mask.
 
     At most two collectives over `process_group`, none when it is None.
-    Raises ValueError for an unknown shaping or option, listing the known ones, and for options out of range.
+
+    Raises:
+        ValueError: for an unknown shaping or option, listing the known ones, and for options out of range.
     """
     shaping = choose("shaping", name, SHAPINGS)
     return shaping(inputs, process_group=process_group, **complete_options(f"the shaping {name!r}", shaping, options))

@@ -32,7 +32,11 @@ def train(recipe: str, overrides: list[str]) -> None:
 
 @run.cli.factory(target=train, name="eapo_recipe")
 def eapo_recipe(recipe: str, overrides: Sequence[str] = ()) -> run.Partial[train]:  # type: ignore[valid-type]
-    """The run of a recipe file with dotted overrides. Raises RecipeError, one sentence, for a wrong one."""
+    """The run of a recipe file with dotted overrides.
+
+    Raises:
+        RecipeError: for a wrong one, in one sentence.
+    """
     load_recipe(recipe, overrides)
     return run.Partial(train, recipe=recipe, overrides=list(overrides))
 

@@ -95,10 +95,10 @@ def gathering_uneven_shards(gather_evenly: Callable[..., Tensor]) -> Callable[..
 def _gather_unevenly(shard: Tensor, group: dist.ProcessGroup, sizes: list[int]) -> Tensor:
     """Concatenates the ranks' shards of `sizes` rows."""
     rows: list[Any] = [sum(sizes), *shard.shape[1:]]
-    whole = torch.empty(rows, dtype=shard.dtype)
+    gathered = torch.empty(rows, dtype=shard.dtype)
     copies = shard.repeat(group.size(), *[1] * (shard.dim() - 1))
-    dist.all_to_all_single(whole, copies, sizes, [shard.shape[0]] * group.size(), group=group)
-    return whole
+    dist.all_to_all_single(gathered, copies, sizes, [shard.shape[0]] * group.size(), group=group)
+    return gathered
 
 
 def unless_mocked(have_transformer_engine: bool) -> bool:

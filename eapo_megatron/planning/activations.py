@@ -23,7 +23,7 @@ def layer_bytes(layout: Layout, layer: Layer) -> float:
 
 
 def recomputed_layer_bytes(layout: Layout, layer: Layer) -> float:
-    """Bytes a token that a layer holds while it is not recomputed whole."""
+    """Bytes a token that a layer holds while it is not recomputed in full."""
     attention = _latent_attention if layout.shape.is_mla else _grouped_query_attention
     mlp = _mixture if layer.is_mixture else _mlp
     return 2 * _norm(layout) + attention(layout) + mlp(layout)

@@ -1,6 +1,6 @@
 """Memory of one rank, by part.
 
-Parameters, gradients and optimizer state stay for the whole run. On top of them come, in turn, what training holds of
+Parameters, gradients and optimizer state stay for all of the run. On top of them come, in turn, what training holds of
 its micro-batches and what rollouts hold. Not counted: the CUDA context, NCCL's buffers, fragmentation and the
 short-lived results of single operations, for which `gpus.RESERVED` is kept free.
 """

@@ -64,7 +64,7 @@ def _memory_table(plan: Plan) -> Table:
         "gradients": (memory.gradients, "float32"),
         "optimizer": (
             memory.optimizer,
-            "over data-parallel ranks" if layout.parallel.use_distributed_optimizer else "whole on every rank",
+            "over data-parallel ranks" if layout.parallel.use_distributed_optimizer else "complete on every rank",
         ),
         "training: activations": (
             memory.activations,

@@ -45,7 +45,7 @@ def overrides_of(layout: Layout, recipe: Recipe) -> list[str]:
 
 
 def _clusters(cluster: Cluster) -> Iterator[Cluster]:
-    """Parts of one node, then whole nodes, doubling."""
+    """Parts of one node, then full nodes, doubling."""
     size = 1
     while size < cluster.gpus_per_node:
         yield cluster.model_copy(update={"num_nodes": 1, "gpus_per_node": size})

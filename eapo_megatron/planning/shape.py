@@ -12,7 +12,7 @@ from eapo_megatron.weights.families import Weight, family_of
 
 @dataclass(frozen=True)
 class Layer:
-    """Parameters of one transformer layer, whole."""
+    """Parameters of one transformer layer, over all ranks."""
 
     replicated: int  # on every tensor-parallel rank: norms, routers
     sharded: int  # divided over tensor-parallel ranks
@@ -37,7 +37,7 @@ class ModelShape:
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of the whole model, as its public count."""
+        """Parameters of the model, as its public count."""
         matrices = 1 if self.tied else 2
         layers = sum(layer.replicated + layer.sharded + layer.experts for layer in self.layers)
         return layers + matrices * self.vocab_size * self.hidden_size + self.final_norm

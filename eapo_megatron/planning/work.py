@@ -2,7 +2,7 @@
 
 Floating-point operations are counted as in Narayanan et al. (arXiv 2104.04473, appendix): two for each multiplication
 with a weight, attention over the causal half, a backward pass twice its forward pass; what is computed again is counted
-again. Bytes are what one rank sends, collectives running as rings: (n - 1) / n of the whole tensor for an all-gather or
+again. Bytes are what one rank sends, collectives running as rings: (n - 1) / n of the tensor for an all-gather or
 a reduce-scatter over n ranks, twice that for an all-reduce.
 """
 
@@ -95,7 +95,7 @@ def stage_traffic(layout: Layout, stage: int) -> dict[str, Traffic]:
 
 
 def _rollout(layout: Layout, stage: int) -> Traffic:
-    """Prefill and decoding: without sequence parallelism, and with whole logits on every rank of the last stage."""
+    """Prefill and decoding: without sequence parallelism, and with full logits on every rank of the last stage."""
     recipe = layout.recipe
     answered = _answered(layout)
     tokens = recipe.train.num_prompts_per_step * recipe.data.max_prompt_tokens / layout.dp + answered
@@ -177,7 +177,7 @@ def _divides_mlp(layout: Layout, layer: Layer) -> bool:
 def _optimizer(layout: Layout, stage: int) -> Traffic:
     """One optimizer step: gradients in float32; the distributed optimizer scatters them and gathers weights.
 
-    Under sequence parallelism, tensor-parallel ranks sum the gradients of what each of them holds whole. Beside experts
+    Under sequence parallelism, tensor-parallel ranks sum the gradients of what each of them holds in full. Beside experts
     Megatron has two distributed optimizers, each of which gathers all weights.
     """
     parameters = layout.parameters(stage)
@@ -186,9 +186,9 @@ def _optimizer(layout: Layout, stage: int) -> Traffic:
     gathered = layout.dtype_bytes * optimizers if layout.parallel.use_distributed_optimizer else FLOAT32
     tied = layout.shape.tied and layout.pp > 1 and stage in (0, layout.pp - 1)
     matrix = layout.padded_vocab_size // layout.tp * layout.shape.hidden_size
-    whole = sum(layout.shape.layers[index].replicated for index in layout.stages[stage]) if layout.sp > 1 else 0
+    replicated = sum(layout.shape.layers[index].replicated for index in layout.stages[stage]) if layout.sp > 1 else 0
     return Traffic(
-        tp=2 * _ring(layout.tp) * FLOAT32 * whole,
+        tp=2 * _ring(layout.tp) * FLOAT32 * replicated,
         pp=FLOAT32 * matrix if tied else 0.0,
         dp=(FLOAT32 + gathered) * reduced,
     )

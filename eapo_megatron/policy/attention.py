@@ -69,7 +69,7 @@ class ScaledDotProductAttention(MegatronModule):
 class CachingSelfAttention(SelfAttention):
     """Self-attention whose KV cache holds keys already rotated.
 
-    Megatron's own keeps them bare and rotates the whole cache again for every token.
+    Megatron's own keeps them bare and rotates all of the cache again for every token.
     """
 
     def _adjust_key_value_for_inference(

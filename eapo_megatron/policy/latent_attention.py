@@ -1,6 +1,6 @@
 """Multi-head latent attention (MLA, arXiv 2405.04434) as DeepSeek-V3 has it.
 
-Its down-projections are whole on every tensor-parallel rank, as under Transformer Engine. megatron-core's own choice
+Its down-projections are complete on every tensor-parallel rank, as under Transformer Engine. megatron-core's own choice
 without Transformer Engine shards them and then loses all but one rank's gradient of the shared rotary key.
 """
 
@@ -28,7 +28,7 @@ class LatentNorm(RMSNorm):
 
 
 class ReplicatedLinear(torch.nn.Module):
-    """A linear layer without bias, whole on every tensor-parallel rank.
+    """A linear layer without bias, complete on every tensor-parallel rank.
 
     Under sequence parallelism each rank sees its part of the sequence, and Megatron sums the gradients by the mark.
     """
@@ -44,7 +44,7 @@ class ReplicatedLinear(torch.nn.Module):
 
 
 class LatentSelfAttention(MLASelfAttention):
-    """Megatron's MLA with whole down-projections."""
+    """Megatron's MLA with complete down-projections."""
 
     def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
         install(LATENT_ATTENTION)

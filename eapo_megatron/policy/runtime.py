@@ -139,7 +139,7 @@ def start_runtime(parallel: Parallel, *, seed: int, device: str = "auto", timeou
 def stop_runtime() -> None:
     """Waits for all ranks and leaves Megatron's groups and the process group.
 
-    Launchers end the ranks that outlive another by long: none leaves while rank 0 still closes its records.
+    Launchers end ranks that run on long after another has left, so none leaves while rank 0 closes its records.
     """
     dist.barrier()
     parallel_state.destroy_model_parallel()

@@ -20,7 +20,7 @@ class Stopwatch:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
 
     def lap(self) -> dict[str, float]:
-        """The phases so far as metrics, and starts anew."""
+        """The phases so far as metrics; counting starts again from 0."""
         metrics = {f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()}
         self.seconds = {}
         return metrics

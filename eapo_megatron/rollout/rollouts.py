@@ -183,7 +183,7 @@ class Collected:
 def collect(sampler: Sampler, prompts: PromptSet, recipe: Recipe, position: int) -> Collected:
     """The groups of one step, from prompt `position` of the order of training on.
 
-    With several rounds groups without signal are drawn anew (DAPO's dynamic sampling, arXiv 2503.14476). Responses
+    With several rounds groups without signal are replaced (DAPO's dynamic sampling, arXiv 2503.14476). Responses
     without a verdict are left out.
     """
     rollout, wanted, rounds = (

@@ -14,7 +14,7 @@ Departures from textbook GRPO (arXiv 2402.03300), all but the first two by setti
 - there is no KL to a reference policy;
 - the advantage differs from token to token (`algorithm.shaping`);
 - the clip range is asymmetric (`algorithm.loss.eps_low`, `eps_high`: DAPO's clip-higher, arXiv 2503.14476);
-- groups whose rewards are all equal are drawn anew (`algorithm.dynamic_sampling_rounds`, DAPO);
+- groups whose rewards are all equal are replaced by new ones (`algorithm.dynamic_sampling_rounds`, DAPO);
 - responses without a verdict (a reward function of the user that crashed or ran out of time) are left out;
 - an update with NaN or Inf in its loss or gradients is skipped, and too many in a row end the run.
 """

@@ -64,7 +64,7 @@ def cache_folder(recipe: Recipe) -> Path:
 
 
 def _batch(prompts: list[Prompt], ingredients: Ingredients, worker: PolicyWorker) -> Batch:
-    """Solutions as if they had been sampled: each one a group of its own, ended by the end of sequence."""
+    """Solutions as if they had been sampled: each one is its own group and ends with the end of sequence."""
     tokenizer = ingredients.tokenizer
     solutions = Responses.of_lists(
         [[*tokenizer.encode(p.solution, add_special_tokens=False), tokenizer.eos_token_id] for p in prompts]

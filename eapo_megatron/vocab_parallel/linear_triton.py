@@ -6,7 +6,7 @@ reads it once and leaves either the four numbers of every (token, vocabulary blo
 
     shift = max_v z_v,   S = sum_v 2^d_v,   U = sum_v 2^d_v d_v,   z_target,      d_v = z_v - shift
 
-or, with the shift of the whole vocabulary, the gradient of the unscaled logits
+or, with the shift of the full vocabulary, the gradient of the unscaled logits
 
     g_v = 2^d_v (constant + slope d_v) + 1[v = target] at_target
 
@@ -114,7 +114,7 @@ def backward(
 
     Args:
         hidden, weight, bias, local_targets, scale: as in forward.
-        shift, constant, at_target: [N] float32, terms of g_v above; shift is the largest z_v of the whole vocabulary.
+        shift, constant, at_target: [N] float32, terms of g_v above; shift is the largest z_v of the full vocabulary.
         slope: [N] float32, None where the entropy has no gradient.
         keep: [N, ceil(C / BLOCK)] bool, g is zero in the vocabulary blocks that are not kept; None keeps all.
         grad_hidden: whether to compute the gradient of hidden.

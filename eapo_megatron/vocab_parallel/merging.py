@@ -4,7 +4,7 @@ For logits z_v in bits (scaled by log2(e) / temperature) a slice of the vocabula
 
     shift = max_v z_v,   S = sum_v 2^(z_v - shift),   U = sum_v 2^(z_v - shift) (z_v - shift),   z_target or 0
 
-Log-sum-exp algebra merges slices in any order. Of the whole vocabulary they give
+Log-sum-exp algebra merges slices in any order. Over all slices they give
 
     log2 p_t = z_t - shift - log2 S          H / log 2 = log2 S - U / S
 

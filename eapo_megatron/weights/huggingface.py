@@ -27,7 +27,7 @@ class WeightSource(Protocol):
     """Hugging Face tensors by name."""
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor."""
+        """One tensor."""
         ...
 
 

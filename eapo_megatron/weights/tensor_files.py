@@ -77,11 +77,11 @@ def tensor_infos(file: Path) -> dict[str, TensorInfo]:
                 for name, entry in slices.items()
             }
     except SafetensorError as error:
-        raise RecipeError(f"{file} is not a whole safetensors file: {error}") from error
+        raise RecipeError(f"{file} is not a complete safetensors file: {error}") from error
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """One whole tensor."""
+    """One tensor."""
     if file.suffix == ".bin":
         return _mapped(file)[name]
     with safe_open(file, framework="pt") as tensors:

@@ -2,7 +2,7 @@
 
 megatron-core saves through torch.distributed.checkpoint: `.metadata` names every tensor with its chunks, each chunk is
 a byte range of a .distcp file. Layers (and a layer's experts) are stacked along leading axes, at most a layer to a
-chunk, so that reading or writing one never needs the whole stack. `.metadata` is a pickle: read checkpoints of
+chunk, so that reading or writing one never needs all of the stack. `.metadata` is a pickle: read checkpoints of
 people you trust.
 """
 
@@ -101,10 +101,10 @@ class TorchDistTensors:
             raise ValueError(f"{self.folder}: what was saved of {chunk.key} does not cover it at {chunk.offsets}")
         if len(items) == 1:
             return self._load(items[0])
-        whole = torch.empty(chunk.sizes, dtype=chunk.dtype)
+        full = torch.empty(chunk.sizes, dtype=chunk.dtype)
         for item in items:
-            narrow_tensor_by_index(whole, item.dest_offsets, item.lengths).copy_(self._load(item))
-        return whole
+            narrow_tensor_by_index(full, item.dest_offsets, item.lengths).copy_(self._load(item))
+        return full
 
     def _load(self, item: ReadItem) -> Tensor:
         """The part of one saved chunk that `item` asks for."""

@@ -179,7 +179,7 @@ def test_refuses_bin_files_without_tensors(write: Callable[[Path], Any], sentenc
 def test_refuses_a_safetensors_file_that_was_cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    refuses(folder, f"{file} is not a whole safetensors file: ")
+    refuses(folder, f"{file} is not a complete safetensors file: ")
 
 
 def test_refuses_quantised_tensors(folder: Path) -> None:

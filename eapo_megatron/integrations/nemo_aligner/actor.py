@@ -5,7 +5,7 @@ and checkpoints are NeMo's. Departures from the parent class:
 
 - log-probs and entropies come from one vocab-parallel pass, at the sampling temperature and over the tokenizer's real
   vocabulary: padded columns stay out of the softmax, as they stay out of NeMo's sampling;
-- token weights carry the loss denominator of the whole optimizer step, so gradients do not depend on the micro-batch
+- token weights carry the loss denominator of the optimizer step, so gradients do not depend on the micro-batch
   size or on the number of data-parallel ranks;
 - metrics are summed over micro-batches and data-parallel ranks and sent to all ranks in one collective each.
 """

@@ -5,7 +5,7 @@ parent's; rollouts and what is learned from them are here. Departures from the p
 
 - one forward of the policy yields old log-probs AND entropies; each data-parallel rank scores its share, where the
   parent has every rank score everything;
-- every rank then holds the whole batch, so group statistics and loss weights are exact without a collective;
+- every rank then holds the complete batch, so group statistics and loss weights are exact without a collective;
 - each data-parallel rank trains on its share of every optimizer step (the parent's ranks all train on the same rows),
   and an optimizer step takes whole groups;
 - `consumed_samples` counts prompts, the unit of the dataloader (the parent counts responses and so skips prompts);
@@ -76,7 +76,7 @@ class EAPOTrainer(ReinforceTrainer):
         return batch, cpu_dict(metrics)
 
     def generate_reinforce_data(self, rollout_batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The whole rollout batch of N responses -> this data-parallel rank's rows for training, metrics of all rows.
+        """The rollout batch of all N responses -> this data-parallel rank's rows for training, metrics of all rows.
 
         rollout_batch: response_tokens [N, S] and prompt_tokens (int64), prompt_lengths, response_lengths (of prompt and
         response together; int64 [N]), rewards (float32 [N], NaN without a verdict), logprobs and entropies (float32

@@ -78,7 +78,8 @@ class _Rewards(FutureResult):
 def read_answers(paths: Sequence[str | Path], encode: Callable[[str], list[int]]) -> dict[tuple[int, ...], Any]:
     """The "answer" of each line of JSONL files by the tokens of its prompt, the "text" that NeMo-Aligner reads.
 
-    Raises ValueError naming the file and the line that lacks either or answers a prompt differently than another.
+    Raises:
+        ValueError: naming the file and the line that lacks either or answers a prompt differently than another.
     """
     answers: dict[tuple[int, ...], Any] = {}
     for path in paths:

@@ -22,7 +22,8 @@ class EAPOLossFn:
     """`loss_fn(data, global_valid_seqs, global_valid_toks, next_token_logprobs=...)` -> (loss, metrics).
 
     Of the algorithm it is the loss alone that counts here.
-    Raises ValueError for settings that this protocol cannot carry.
+    Raises:
+        ValueError: for settings that this protocol cannot carry.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:

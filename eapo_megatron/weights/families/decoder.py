@@ -169,7 +169,7 @@ def mlp_weights(
 
 
 def dense_layer_weights(hf: HFConfig, layer: int, *, qkv_bias: bool = False, qk_norm: bool = False) -> list[Weight]:
-    """A whole layer with one MLP."""
+    """A layer with one MLP."""
     ours, theirs = prefixes(layer)
     return [
         *norm_weights(hf, layer),

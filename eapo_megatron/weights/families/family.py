@@ -82,7 +82,7 @@ class Family:
         self.check(hf)
 
     def weights(self, hf: HFConfig) -> list[Weight]:
-        """Every weight of the whole model."""
+        """Every weight of the model."""
         layers = [weight for layer in range(hf["num_hidden_layers"]) for weight in self.layer_weights(hf, layer)]
         return layers + self.edge_weights(hf)
 
