@@ -1,7 +1,7 @@
 """A recipe as a SLURM job: launch/slurm/train.sbatch with the recipe's nodes and GPUs filled in.
 
-The script is complete: it holds its options, the interpreter and the recipe, and is kept in the run folder, so that what
-was submitted can be read, changed and submitted again with sbatch alone.
+The script is complete: it holds its options, the interpreter and the recipe, and is kept in the run folder, so that
+what was submitted can be read, changed and submitted again with sbatch alone.
 """
 
 from __future__ import annotations

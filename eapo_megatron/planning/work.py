@@ -177,8 +177,8 @@ def _divides_mlp(layout: Layout, layer: Layer) -> bool:
 def _optimizer(layout: Layout, stage: int) -> Traffic:
     """One optimizer step: gradients in float32; the distributed optimizer scatters them and gathers weights.
 
-    Under sequence parallelism, tensor-parallel ranks sum the gradients of what each of them holds in full. Beside experts
-    Megatron has two distributed optimizers, each of which gathers all weights.
+    Under sequence parallelism, tensor-parallel ranks sum the gradients of what each of them holds in full. Beside
+    experts Megatron has two distributed optimizers, each of which gathers all weights.
     """
     parameters = layout.parameters(stage)
     reduced = _ring(layout.dp) * parameters.dense + _ring(layout.expert_dp) * parameters.experts
