@@ -21,7 +21,7 @@ _NAMES = {
     "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram", "lb": "pound", "oz": "ounce",
     "s": "second", "sec": "second", "min": "minute", "h": "hour", "hr": "hour", "inches": "inch", "usd": "dollar",
     "l": "liter", "ml": "milliliter", "sq": "square", "mph": "mile per hour", "deg": "degree", "cubed": "cubic",
-    "metre": "meter", "centimetre": "centimeter", "kilometre": "kilometer", "litre": "liter",
+    "metre": "meter", "centimetre": "centimeter", "kilometre": "kilometer", "litre": "liter", "/": "per",
 }  # fmt: skip
 _POWERS = {"2": "square", "3": "cubic"}
 
@@ -49,7 +49,7 @@ def same_unit(first: str | None, second: str | None) -> bool:
 
 
 def _name(unit: str) -> str:
-    """One name for cm, centimeters and \text{ cm}."""
+    r"""One name for cm, centimeters and \text{ cm}."""
     unit = re.sub(r"\^\{\\circ\}\s*(?:\\text\{\s*([CF])\s*\}|([CF]))?", lambda m: f" degree {m[1] or m[2] or ''}", unit)
     unit = re.sub(r"\b([ap])\.\s*m\b\.?", r"\1.m.", unit).replace("a.m.", "ante").replace("p.m.", "post")
     words = []

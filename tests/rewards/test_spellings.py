@@ -69,6 +69,7 @@ SAME = [
     ("units", r"5 \text{ centimeters}", r"5\mbox{ cm}"),
     ("units", r"864 \mbox{ inches}^2", r"864 \text{ square inches}"),
     ("units", r"6.43 \times 10^{16}", r"6.43 \times 10^{16} \text{ cm}^{-3}"),
+    ("units", r"3 \text{ m/s}", r"3 \text{ meters per second}"),
     ("units", "40 degrees", r"40^\circ"),
     ("units", "42 apples", "42"),
     ("units", r"480 + 480\sqrt{3}\text{ feet}", r"480(1+\sqrt{3})"),
