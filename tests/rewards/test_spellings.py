@@ -93,6 +93,8 @@ SAME = [
     ("relation", "2x - y + 3 = 0", "y = 2x + 3"),
     ("relation", "10x - 14y = -8", "5x - 7y + 4 = 0"),
     ("relation", r"8r^2 \ge s^2", r"s^2 \le 8r^2"),
+    ("relation", r"x = \frac{10}{2} = 5", "5"),
+    ("units", r"9.8 \text{ m/s^2}", "9.8"),
     ("relation", "56%", r"0.56 = 56\%"),
     ("relation", "y = 2x - 1", "2x-1"),
     ("relation", r"\frac23", r"\$\dfrac23 \approx \$0.67"),
