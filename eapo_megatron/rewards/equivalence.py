@@ -221,7 +221,8 @@ def _assignment(text: str) -> tuple[str, str] | None:
     chain = _chain(text)
     if chain is None or set(chain[1]) != {"="} or not _NAME.fullmatch(chain[0][0]):
         return None
-    return _without_space(chain[0][0]), chain[0][-1]
+    *earlier, last = chain[0][1:]
+    return (_without_space(chain[0][0]), last) if all(_same(value, last) for value in earlier) else None
 
 
 def _same_chain(equation: str, value: str) -> bool:

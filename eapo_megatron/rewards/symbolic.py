@@ -51,7 +51,7 @@ _AGREEMENT = sympy.Rational(1, 10**30)
 _MAX_DIGITS = 600  # two constants that agree to so many are the same
 _SURE_BITS = 20
 # Letters that the parser takes for functions and constants.
-_LETTERS = re.compile(r"\\(?:d?dot|ddot|hat|[gG]amma|[bB]eta|[zZ]eta|psi|chi|phi|varphi|eta|mu|delta)(?![a-zA-Z])")
+_LETTERS = re.compile(r"\\(?:d?dot|hat|[gG]amma|[bB]eta|[zZ]eta|psi|chi|phi|varphi|eta|mu|delta)(?![a-zA-Z])")
 _FIGURE = re.compile(r"\\(triangle|angle|overline|widehat|vec)\s*\{?\s*([A-Z]{2,})\s*\}?")
 
 

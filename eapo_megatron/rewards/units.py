@@ -10,18 +10,19 @@ import re
 _BEFORE = re.compile(
     r"(?P<sign>-?)\s*\\text\{\s*(?P<unit>dollars|euros|pounds sterling|yen|rupees)\s*\}\s*(?P<value>\S.*)", re.DOTALL
 )
-_TEXT = r"\\text\{[^{}]*\}(?:\s*\^\s*\{\s*-?\d+\s*\})?"
+_TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}(?:\s*\^\s*\{\s*-?\d+\s*\})?"
 _AFTER = re.compile(
     rf"(?P<value>.*?[^\s,;=<>+\-*/(\[{{\\^_])\s*(?P<unit>(?:\^\{{\\circ\}}\s*(?:\\text\{{\s*[CF]\s*\}}|[CF](?![a-zA-Z]))?|(?:{_TEXT}\s*(?:(?:[/.]|\\cdot)\s*)?)+))",
     re.DOTALL,
 )
+_POWER = re.compile(r"\^\s*\{?\s*-?\d+")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _NAMES = {
     "mm": "millimeter", "cm": "centimeter", "m": "meter", "km": "kilometer", "in": "inch", "ft": "foot", "feet": "foot",
     "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram", "lb": "pound", "oz": "ounce",
     "s": "second", "sec": "second", "min": "minute", "h": "hour", "hr": "hour", "inches": "inch", "usd": "dollar",
     "l": "liter", "ml": "milliliter", "sq": "square", "mph": "mile per hour", "deg": "degree", "cubed": "cubic",
-    "metre": "meter", "centimetre": "centimeter", "kilometre": "kilometer", "litre": "liter",
+    "metre": "meter", "centimetre": "centimeter", "kilometre": "kilometer", "litre": "liter", "/": "per",
 }  # fmt: skip
 _POWERS = {"2": "square", "3": "cubic"}
 
@@ -38,8 +39,9 @@ def split_unit(value: str) -> tuple[str, str | None]:
     match = _AFTER.fullmatch(value)
     if match is None or (match["unit"].startswith("^") and _FUNCTION.search(match["value"])):
         return value, None
-    if _name(match["unit"]) in ("", "or", "and"):
-        return value, None
+    words = _name(match["unit"]).split()
+    if not words or {"or", "and", "not"}.intersection(words) or re.search(r"\d", _POWER.sub("", match["unit"])):
+        return value, None  # another answer, no unit
     return match["value"].strip(), _name(match["unit"])
 
 
@@ -49,7 +51,7 @@ def same_unit(first: str | None, second: str | None) -> bool:
 
 
 def _name(unit: str) -> str:
-    """One name for cm, centimeters and \text{ cm}."""
+    r"""One name for cm, centimeters and \text{ cm}."""
     unit = re.sub(r"\^\{\\circ\}\s*(?:\\text\{\s*([CF])\s*\}|([CF]))?", lambda m: f" degree {m[1] or m[2] or ''}", unit)
     unit = re.sub(r"\b([ap])\.\s*m\b\.?", r"\1.m.", unit).replace("a.m.", "ante").replace("p.m.", "post")
     words = []
