@@ -122,8 +122,8 @@ def _error(out: Path, name: str) -> Path:
 
 def _wait(ranks: list[subprocess.Popen], folder: Path, deadline: float) -> None:
     """Until all ranks are done."""
-    while any(process.poll() is None for process in ranks):
-        if any(process.returncode for process in ranks):
+    while None in (codes := [process.poll() for process in ranks]):
+        if any(codes):
             break
         if time.monotonic() > deadline:
             raise TimeoutError("ranks ran too long\n" + _errors(folder, range(len(ranks))))
