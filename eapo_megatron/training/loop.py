@@ -29,9 +29,8 @@ from eapo_megatron.evaluation.evaluate import evaluate
 from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
 from eapo_megatron.policy.worker import Update
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
-from eapo_megatron.records.samples import describe_samples
-from eapo_megatron.rollout.rollouts import Collected, collect
-from eapo_megatron.training.session import InterruptedRunError, Run, TrainingStoppedError
+from eapo_megatron.rollout.rollouts import collect
+from eapo_megatron.training.session import InterruptedRunError, Run
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -41,8 +40,8 @@ def train(run: Run) -> dict[str, Any]:
         InterruptedRunError: after a step and its checkpoint, when a rank was asked to stop.
     """
     steps = run.recipe.train.steps
-    if run.progress.step == 0:
-        evaluate_and_log(run)
+    if run.progress.step == 0 and run.ingredients.evaluation:
+        log(run, evaluation_metrics(run))
     agree_to_stop(run)
     while run.progress.step < steps and not run.stopping:
         run.progress.step += 1
@@ -68,7 +67,7 @@ def train_step(run: Run) -> dict[str, float]:
     recipe, algorithm = run.recipe, run.ingredients.algorithm
     with run.timer("rollout"):
         collected = collect(run.sampler, run.ingredients.train, recipe, run.progress.position)
-        record_samples(run, collected)
+        run.record_samples(collected.drawn[0])
     run.progress.position = collected.position
     metrics, groups = collected.metrics(algorithm.positive_threshold), collected.groups
     if not groups.prompts:
@@ -84,7 +83,7 @@ def train_step(run: Run) -> dict[str, float]:
     with run.timer("old_policy"):
         old_log_probs, entropies = run.worker.log_probs_and_entropies(batch)
     if not bool(torch.isfinite(old_log_probs).all() & torch.isfinite(entropies).all()):
-        count_update(run, Update(applied=False, metrics={}))
+        run.count(Update(applied=False, metrics={}))
         return metrics
     with run.timer("advantages"):
         advantages = algorithm.advantages(
@@ -101,34 +100,11 @@ def train_step(run: Run) -> dict[str, float]:
                 rollout_log_probs=batch.rollout_log_probs,
             )
             updates.append(run.worker.update(batch, rows, run.optimizer, algorithm, tokens))
-            count_update(run, updates[-1])
+            run.count(updates[-1])
     with run.timer("weight_sync"):
         run.update_engine()
     run.progress.response_tokens += int(batch.mask.sum())
     return metrics | batch_metrics(algorithm, batch, old_log_probs, entropies, advantages) | mean_of_updates(updates)
-
-
-def record_samples(run: Run, collected: Collected) -> None:
-    """Keeps a few responses of the step's first round."""
-    if run.records is not None:
-        shown = describe_samples(collected.drawn[0], run.recipe.logging.samples_per_step, run.sampler.text)
-        run.records.log_samples(run.progress.step, shown)
-
-
-def count_update(run: Run, update: Update) -> None:
-    """Counts an optimizer step; too many skipped in a row end the run."""
-    progress, limit = run.progress, run.recipe.train.max_skipped_in_a_row
-    if update.applied:
-        progress.optimizer_steps += 1
-        progress.skipped_in_a_row = 0
-        return
-    progress.skipped_updates += 1
-    progress.skipped_in_a_row += 1
-    if progress.skipped_in_a_row >= limit:
-        raise TrainingStoppedError(
-            f"step {progress.step}: {limit} updates in a row had NaN or Inf in a loss or gradient; "
-            f"the last good checkpoint is in {run.checkpoints.folder}"
-        )
 
 
 def evaluation_metrics(run: Run) -> dict[str, float]:
@@ -141,12 +117,6 @@ def evaluation_metrics(run: Run) -> dict[str, float]:
     rate = rollouts.solve_rate(run.ingredients.algorithm.positive_threshold)
     run.progress.evaluations[str(run.progress.step)] = rate
     return {"held_out/solve_rate": rate}
-
-
-def evaluate_and_log(run: Run) -> None:
-    """The policy before the first step."""
-    if metrics := evaluation_metrics(run):
-        log(run, metrics)
 
 
 def log(run: Run, metrics: dict[str, float]) -> None:

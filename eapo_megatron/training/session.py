@@ -13,11 +13,12 @@ from eapo_megatron.policy.checkpoint import Checkpoints
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.policy_model import Policy, open_policy
 from eapo_megatron.policy.runtime import Runtime
-from eapo_megatron.policy.worker import PolicyWorker
+from eapo_megatron.policy.worker import PolicyWorker, Update
 from eapo_megatron.records.records import Records
+from eapo_megatron.records.samples import describe_samples
 from eapo_megatron.records.stopwatch import Stopwatch
 from eapo_megatron.rollout.engine import open_engine
-from eapo_megatron.rollout.rollouts import Sampler
+from eapo_megatron.rollout.rollouts import Rollouts, Sampler
 from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
 from eapo_megatron.stopping import EXIT_INTERRUPTED, StopRequest
 from eapo_megatron.training.preflight import Ingredients
@@ -97,6 +98,31 @@ class Run:
         """Brings the policy's weights to the rollout engine; their version is the number of steps done."""
         weights = export_weights(self.policy.modules, self.policy.hf_config)
         self.sampler.engine.update_weights(weights, self.progress.step)
+
+    def count(self, update: Update) -> None:
+        """Counts an optimizer step.
+
+        Raises:
+            TrainingStoppedError: after too many skipped ones in a row.
+        """
+        progress, limit = self.progress, self.recipe.train.max_skipped_in_a_row
+        if update.applied:
+            progress.optimizer_steps += 1
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped_updates += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row >= limit:
+            raise TrainingStoppedError(
+                f"step {progress.step}: {limit} updates in a row had NaN or Inf in a loss or gradient; "
+                f"the last good checkpoint is in {self.checkpoints.folder}"
+            )
+
+    def record_samples(self, rollouts: Rollouts) -> None:
+        """Keeps a few responses of this step."""
+        if self.records is not None:
+            shown = describe_samples(rollouts, self.recipe.logging.samples_per_step, self.sampler.text)
+            self.records.log_samples(self.progress.step, shown)
 
     def save(self) -> None:
         """A checkpoint of this step, once its records are on disk."""
