@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from eapo_megatron.config import Recipe
+from eapo_megatron.config import Recipe, RecipeError, Rollout
 from eapo_megatron.data import Prompt, PromptSet, prompt_indices
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.records.samples import describe_samples
-from eapo_megatron.rollout.engine import SamplingParams, response_seed
+from eapo_megatron.rollout.engine import ENGINES, SamplingParams, check_engine, open_engine, response_seed
 from eapo_megatron.rollout.rollouts import Rollouts, Sampler, collect
 
 NAN = float("nan")
@@ -82,6 +84,17 @@ def test_samples_are_the_first_response_of_the_first_groups() -> None:
         {"prompt": "prompt 1", "response": "text of [2]", "answer": "1", "reward": 1.0, "finished": True},
     ]
     assert describe_samples(rollouts([[1]]), 0, str) == []
+
+
+def test_an_engine_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("an_engine")
+    module.open_engine = lambda policy, rollout, tokenizer: (policy, rollout.max_batch_size, tokenizer)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "an_engine", module)
+    monkeypatch.setitem(ENGINES, "mine", "an_engine")
+    check_engine("mine")
+    assert open_engine("policy", Rollout(engine="mine", max_batch_size=3), "tokenizer") == ("policy", 3, "tokenizer")  # type: ignore[arg-type,comparison-overlap]
+    with pytest.raises(RecipeError, match="rollout.engine must be one of megatron, mine, got 'yours'"):
+        check_engine("yours")
 
 
 class Drawn(Sampler):
