@@ -93,7 +93,7 @@ def test_an_engine_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(ENGINES, "mine", "an_engine")
     check_engine("mine")
     assert open_engine("policy", Rollout(engine="mine", max_batch_size=3), "tokenizer") == ("policy", 3, "tokenizer")  # type: ignore[arg-type,comparison-overlap]
-    with pytest.raises(RecipeError, match="rollout.engine must be one of megatron, mine, got 'yours'"):
+    with pytest.raises(RecipeError, match=r"rollout\.engine must be one of megatron, mine, got 'yours'"):
         check_engine("yours")
 
 
