@@ -94,6 +94,8 @@ def is_constant(text: str) -> bool:
 
 def parse_expression(text: str) -> Any:
     """The sympy object that math-verify's parser makes of `text`, with exact numbers; None where it makes none."""
+    if not _balanced(text):  # the parser would take seconds to find out
+        return None
     text = _DEGREES.sub(r"{\\frac{\1 \\pi}{180}}", text)
     text = _FIGURE.sub(r"\\text{\1\2}", _DECIMAL.sub(_exact, text))
     text = _NAME.sub(_plain_name, text.replace("%", r"\cdot\frac{1}{100}"))
@@ -104,6 +106,16 @@ def parse_expression(text: str) -> Any:
         return _rebuilt(parsed)
     except Exception:  # the parser raises bare Exceptions for what is no mathematics, sympy many kinds
         return None
+
+
+def _balanced(text: str) -> bool:
+    """Whether as many brackets close as open, of any kind: intervals mix them."""
+    depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def _rebuilt(parsed: Any) -> Any:
