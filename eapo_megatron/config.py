@@ -150,18 +150,19 @@ class Data(Section):
     """Training prompts, a .json, .jsonl or .parquet file; null: `task` is given instead."""
     validation_path: str | None = None
     """Held-out prompts, in the same format; null: none, and no evaluation."""
-    format: Literal["math", "gsm8k"] = "math"
-    """Fields of a record; math: problem, answer; gsm8k: question, answer (a solution that ends in #### RESULT)."""
+    format: Literal["math", "gsm8k", "verl", "nemo_rl"] = "math"
+    """Fields of a record; math: problem, answer; gsm8k: question, answer (a solution that ends in #### RESULT); verl
+    (and DAPO-Math-17k): prompt, reward_model.ground_truth; nemo_rl: messages, the last of which is the answer."""
     prompt_field: str | None = None
-    """Field with the problem; null: the format's own."""
+    """Field with the problem, text or chat messages; a dotted path reaches inside; null: the format's own."""
     answer_field: str | None = None
-    """Field with the reference answer; null: the format's own."""
+    """Field with the reference answer, or a dotted path (reward_model.ground_truth); null: the format's own."""
     solution_field: str | None = None
     """Field with a written solution, for the warm start; null: the format's own."""
     template: str = "chat"
     """chat: the tokenizer's chat template; anything else is text in which {prompt} stands for the problem."""
     system_prompt: str | None = None
-    """System message of the chat template; null: the template's own, if any."""
+    """System message of the chat template, in place of a record's own; null: the record's or the template's, if any."""
     suffix: str = ""
     """Text behind every problem."""
     max_prompt_tokens: int = Field(1024, ge=1)
@@ -192,7 +193,7 @@ class Rollout(Section):
     top_k: int = Field(0, ge=0)
     """Samples from this many most probable tokens; 0: from all."""
     stop_token_ids: list[int] = []
-    """Token ids that end a response, beside the tokenizer's end of sequence."""
+    """Token ids that end a response, beside the tokenizer's and generation_config.json's ends of sequence."""
     max_batch_size: int = Field(256, ge=1)
     """Responses decoded together on one model replica; less needs less memory."""
 

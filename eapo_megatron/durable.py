@@ -38,9 +38,9 @@ def publish(unfinished: Path, folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in the place of an earlier one."""
+    """Writes a UTF-8 file in the place of an earlier one; a lone surrogate, which UTF-8 lacks, as its escape."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     sync_path(temporary)
     temporary.rename(path)
     sync_path(path.parent)

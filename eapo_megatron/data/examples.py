@@ -1,8 +1,7 @@
-"""Prompts with reference answers from JSON, JSON Lines and Parquet files."""
+"""Prompts with reference answers from the records of JSON, JSON Lines and Parquet files."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -11,18 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from eapo_megatron.data.record_files import DataError, read_records
+from eapo_megatron.reading import is_text
+
 _CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
+ROLES = ("system", "user", "assistant")
 
 
-class DataError(ValueError):
-    """A data file that cannot be used; the message names the file and, where there is one, the line or record."""
+class Message(TypedDict):
+    """One message of a chat."""
+
+    role: str  # one of ROLES
+    content: str
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the reference answer or answers (any is accepted), and a written-out solution where there is one."""
+    """A prompt, the reference answer or answers (any is accepted), and a written-out solution where there is one.
 
-    prompt: str
+    The prompt is the user's one message, or a chat that ends in a message of the user.
+    """
+
+    prompt: str | list[Message]
     answer: str | list[str]
     solution: str | None = None
 
@@ -42,10 +51,21 @@ class Layout(TypedDict):
     answer_format: Literal["plain", "gsm8k"]
 
 
+def _plain(prompt_field: str, answer_field: str) -> Layout:
+    return {
+        "prompt_field": prompt_field,
+        "answer_field": answer_field,
+        "solution_field": None,
+        "answer_format": "plain",
+    }
+
+
 # Use as load_examples(path, **LAYOUTS["gsm8k"]).
 LAYOUTS: dict[str, Layout] = {
-    "gsm8k": {"prompt_field": "question", "answer_field": "answer", "solution_field": None, "answer_format": "gsm8k"},
-    "math": {"prompt_field": "problem", "answer_field": "answer", "solution_field": None, "answer_format": "plain"},
+    "math": _plain("problem", "answer"),
+    "gsm8k": {**_plain("question", "answer"), "answer_format": "gsm8k"},
+    "verl": _plain("prompt", "reward_model.ground_truth"),
+    "nemo_rl": _plain("messages", "messages.-1.content"),
 }
 
 
@@ -59,12 +79,18 @@ def load_examples(
 ) -> LoadedExamples:
     """The examples of a .json (a list of objects), .jsonl or .parquet file.
 
-    answer_format "plain": the answer is text, a number or a list of these. "gsm8k": the answer field holds the
-    solution and, after "####", the answer; calculator annotations such as <<48/2=24>> are taken out of it. Records
-    without an answer or with a blank prompt are dropped and counted.
+    A field is named by its key, or by a path of keys and list positions: "reward_model.ground_truth",
+    "messages.-1.content". The prompt is text or a list of chat messages, objects with role and content, whose last is
+    the user's; a message that `answer_field` points into is no part of the prompt.
 
-    Raises DataError for a missing file, an unknown file type, a malformed line, a missing or mistyped field, and when
-    no example is left; ValueError for a `solution_field` beside answer_format "gsm8k", which has its own.
+    answer_format "plain": the answer is text, a number, a list of these, or an object with these under ground_truth.
+    "gsm8k": the answer field holds the solution and, after "####", the answer; calculator annotations such as
+    <<48/2=24>> are taken out of it. Records without an answer or with a blank prompt are dropped and counted.
+
+    Raises:
+        RecipeError: naming the file, and the line or record where there is one; its kind DataError for a missing or
+            mistyped field, for text that UTF-8 cannot hold, and when no example is left.
+        ValueError: for a `solution_field` beside answer_format "gsm8k", which has its own.
     """
     if answer_format not in ("plain", "gsm8k"):
         raise ValueError(f'answer_format must be "plain" or "gsm8k", got {answer_format!r}')
@@ -73,10 +99,11 @@ def load_examples(
     path = Path(path)
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
-    for where, record in _records(path):
-        prompt = _field(record, prompt_field, where)
-        if not isinstance(prompt, str):
-            raise DataError(f"{where}: field {prompt_field!r} must be text, got {type(prompt).__name__}")
+    for where, record in read_records(path):
+        held = _field(record, prompt_field, where)
+        if isinstance(held, list) and answer_field.startswith(f"{prompt_field}.-1."):
+            held = held[:-1]
+        prompt = _prompt(held, prompt_field, where)
         raw_answer = _field(record, answer_field, where)
         answer: str | list[str]
         if answer_format == "gsm8k":
@@ -86,7 +113,8 @@ def load_examples(
             solution = None if solution_field is None else _field(record, solution_field, where)
         if not isinstance(solution, str | None):
             raise DataError(f"{where}: field {solution_field!r} must be text or null, got {type(solution).__name__}")
-        if not prompt.strip():
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        if not question.strip():
             dropped["blank prompt"] += 1
         elif not answer:
             dropped["no answer"] += 1
@@ -97,62 +125,62 @@ def load_examples(
     return LoadedExamples(examples, dict(dropped))
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each record with its place in the file, as an error message names it."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _object(_parse_json(line, where), where)
-    elif path.suffix == ".json":
-        records = _parse_json(path.read_text(encoding="utf-8"), str(path))
-        if not isinstance(records, list):
-            raise DataError(f"{path}: must hold a list of objects, got {type(records).__name__}")
-        for number, record in enumerate(records, start=1):
-            where = f"{path}, record {number}"
-            yield where, _object(record, where)
-    elif path.suffix == ".parquet":
-        yield from _parquet_records(path)
-    else:
-        raise DataError(f"{path}: file type must be .json, .jsonl or .parquet")
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file ({error})") from error
-    for number, record in enumerate(table.to_pylist(), start=1):
-        yield f"{path}, record {number}", record
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: malformed JSON ({error})") from error
-
-
-def _object(record: Any, where: str) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: must be an object, got {type(record).__name__}")
-    return record
-
-
 def _field(record: dict[str, Any], name: str, where: str) -> Any:
-    if name not in record:
-        raise DataError(f"{where}: no field {name!r}, the fields are {sorted(record)}")
-    return record[name]
+    """What a record holds under a key, or at the end of a path; a path through null ends in null."""
+    held: Any = record
+    parts = [name] if name in record else name.split(".")
+    for number, part in enumerate(parts):
+        if held is None:
+            return None
+        if isinstance(held, list) and re.fullmatch(r"-?\d+", part) and -len(held) <= int(part) < len(held):
+            held = held[int(part)]
+        elif isinstance(held, dict) and part in held:
+            held = held[part]
+        else:
+            inside = f" of {'.'.join(parts[:number])!r}" if number else ""
+            there = sorted(held) if isinstance(held, dict) else f"those of a {type(held).__name__}"
+            raise DataError(f"{where}: no field {name!r}, the fields{inside} are {there}")
+    if wrong := next((text for text in _texts(held) if not is_text(text)), None):
+        raise DataError(f"{where}: field {name!r} holds a lone surrogate, which is no text: {ascii(wrong)[:60]}")
+    return held
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _prompt(held: Any, name: str, where: str) -> str | list[Message]:
+    """The user's one message, or a whole chat where there is more."""
+    if isinstance(held, str):
+        return held
+    if not isinstance(held, list):
+        raise DataError(f"{where}: field {name!r} must be text or a list of messages, got {type(held).__name__}")
+    messages = [_message(message, f"{where}: message {number} of {name!r}") for number, message in enumerate(held, 1)]
+    if not messages or messages[-1]["role"] != "user":
+        raise DataError(f"{where}: the messages of {name!r} must end with the user's")
+    return messages[0]["content"] if len(messages) == 1 else messages
+
+
+def _message(held: Any, where: str) -> Message:
+    if not isinstance(held, dict):
+        raise DataError(f"{where} must be an object, got {type(held).__name__}")
+    role, content = held.get("role"), held.get("content")
+    if role not in ROLES:
+        raise DataError(f"{where}: role must be one of {', '.join(ROLES)}, got {role!r}")
+    if not isinstance(content, str):
+        raise DataError(f"{where}: content must be text, got {type(content).__name__}")
+    return {"role": role, "content": content}
 
 
 def _plain_answer(answer: Any, where: str) -> str | list[str]:
     """The answer as text, or a list of texts; blank elements are left out, "" and [] stand for no answer."""
+    if isinstance(answer, dict) and "ground_truth" in answer:
+        answer = answer["ground_truth"]
     if isinstance(answer, list):
         return [text for element in answer if (text := _answer_text(element, where))]
     return _answer_text(answer, where)

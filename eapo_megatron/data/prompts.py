@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from eapo_megatron.data.examples import DataError, Example
+from eapo_megatron.data.examples import Example, Message
+from eapo_megatron.data.record_files import DataError
+from eapo_megatron.reading import is_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,40 +52,69 @@ def build_prompts(
 ) -> PromptSet:
     """Every example's prompt, with `suffix` behind it, put into `template` and tokenized.
 
-    template "chat": the tokenizer's own chat template, with `system_prompt` and the opening of the assistant's turn.
-    Any other template is text in which "{prompt}" stands for the prompt; other braces are kept as they are, and the
-    tokenizer adds its usual special tokens. Prompts of more than `max_prompt_tokens` tokens are dropped and counted.
+    template "chat": the tokenizer's own chat template, with the opening of the assistant's turn; `system_prompt` takes
+    the place of a chat's own system message. Any other template is text in which "{prompt}" stands for the prompt,
+    which must be text; other braces are kept as they are, and the tokenizer adds its usual special tokens. Prompts of
+    more than `max_prompt_tokens` tokens are dropped and counted.
 
-    Raises ValueError for a template without exactly one "{prompt}", a system prompt without "chat", or a tokenizer
-    without a chat template; DataError when no prompt is short enough.
+    Raises:
+        ValueError: for a template without exactly one "{prompt}", a system prompt without "chat", or a tokenizer
+            without a chat template.
+        DataError: when the chat template fails, a prompt has no token, is no text or does not fit the template, and
+            when no prompt is short enough.
     """
     if template == "chat":
         if tokenizer.chat_template is None:
             raise ValueError(
-                f'template "chat" needs a chat template, and tokenizer {tokenizer.name_or_path!r} has none'
+                f'data.template "chat" needs a chat template, and tokenizer {tokenizer.name_or_path!r} has none'
             )
     elif template.count(_PLACEHOLDER) != 1:
-        raise ValueError(f'template must be "chat" or text with one "{_PLACEHOLDER}", got {template!r}')
+        raise ValueError(f'data.template must be "chat" or text with one "{_PLACEHOLDER}", got {template!r}')
     elif system_prompt is not None:
-        raise ValueError('system_prompt must be None unless template is "chat"')
+        raise ValueError('data.system_prompt must be None unless template is "chat"')
     if max_prompt_tokens < 1:
         raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
 
     prompts = []
     for index, example in enumerate(examples):
-        question = example.prompt + suffix
         if template == "chat":
-            messages = [{"role": "user", "content": question}]
-            if system_prompt is not None:
-                messages.insert(0, {"role": "system", "content": system_prompt})
-            text = cast(str, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-            # The template has written the special tokens into the text.
-            token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            text = _chat(example, tokenizer, system_prompt=system_prompt, suffix=suffix)
+        elif isinstance(example.prompt, str):
+            text = template.replace(_PLACEHOLDER, example.prompt + suffix)
         else:
-            text = template.replace(_PLACEHOLDER, question)
-            token_ids = tokenizer(text)["input_ids"]
+            raise DataError(
+                f'data.template must be "chat" for prompts of several messages: example {index} has '
+                f"{len(example.prompt)}"
+            )
+        if not is_text(text):
+            raise DataError(f"data.template, system_prompt or suffix holds a lone surrogate: {ascii(text)[:60]}")
+        # A chat template has written the special tokens into the text.
+        token_ids = tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
+        if not token_ids:
+            raise DataError(f"tokenizer {tokenizer.name_or_path!r} makes no token of the prompt {text[:60]!r}")
         if len(token_ids) <= max_prompt_tokens:
             prompts.append(Prompt(index, text, token_ids, example.answer, example.solution))
     if not prompts:
         raise DataError(f"no prompt of {len(examples)} has at most max_prompt_tokens = {max_prompt_tokens} tokens")
     return PromptSet(prompts, too_long=len(examples) - len(prompts))
+
+
+def _chat(example: Example, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None, suffix: str) -> str:
+    """The text of a chat up to the opening of the assistant's turn."""
+    given: Sequence[Message] = (
+        [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
+    )
+    *before, last = given
+    if system_prompt is not None:
+        own = [message for message in before if message["role"] != "system"]
+        before = [{"role": "system", "content": system_prompt}, *own]
+    messages = [*before, {"role": last["role"], "content": last["content"] + suffix}]
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # whatever a template, which is a program of the model's authors, may raise
+        detail = " ".join(str(error).split())
+        raise DataError(
+            f"data.template: the chat template of tokenizer {tokenizer.name_or_path!r} fails on a chat of "
+            f"{', '.join(message['role'] for message in messages)}: {type(error).__name__}: {detail}"
+        ) from error
+    return cast(str, text)

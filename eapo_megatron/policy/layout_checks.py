@@ -103,8 +103,9 @@ def check_lengths(recipe: Recipe, hf_config: Mapping[str, Any]) -> None:
         RecipeError: naming the keys.
     """
     longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
-    if longest > hf_config["max_position_embeddings"]:
+    positions = family_of(dict(hf_config)).gpt_model(hf_config)["max_sequence_length"]
+    if longest > positions:
         raise RecipeError(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
-            f"max_position_embeddings {hf_config['max_position_embeddings']}"
+            f"max_position_embeddings {positions}"
         )

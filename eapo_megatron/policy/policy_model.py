@@ -50,11 +50,22 @@ class HeadTargets:
 class PolicyChunk(GPTModel):
     """One chunk of layers on one pipeline stage.
 
-    `real_vocab_size` is the vocabulary without the columns that pad it to the layout.
+    `real_vocab_size` is the vocabulary without the columns that pad it to the layout, `rotary_frequencies` (float32
+    [head width / 2]) take the place of plain rotary positions.
     """
 
-    def __init__(self, config: TransformerConfig, *, head: Head, real_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        head: Head,
+        real_vocab_size: int,
+        rotary_frequencies: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(config, **kwargs)
+        if rotary_frequencies is not None:
+            self.rotary_pos_emb.inv_freq = rotary_frequencies
         self.head = head
         self.real_vocab_size = real_vocab_size
         if self.post_process:

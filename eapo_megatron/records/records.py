@@ -32,7 +32,8 @@ class Records:
         for name in (METRICS_FILE, SAMPLES_FILE):
             _drop_lines_from(self.folder / name, first_step)
         self._metrics = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
-        self._samples = (self.folder / SAMPLES_FILE).open("a", encoding="utf-8")
+        # A lone surrogate that a tokenizer made becomes its escape, which JSON reads as what it was.
+        self._samples = (self.folder / SAMPLES_FILE).open("a", encoding="utf-8", errors="backslashreplace")
         self._trackers = open_trackers(recipe, first_step)
         console = Console(stderr=True)
         self._progress = Progress(

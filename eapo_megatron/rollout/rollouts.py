@@ -96,12 +96,19 @@ class Sampler:
     """Samples from an engine and verifies with the recipe's reward; a context manager (it owns verifier processes)."""
 
     def __init__(
-        self, engine: RolloutEngine, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+        self,
+        engine: RolloutEngine,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        runtime: Runtime,
+        *,
+        stop_token_ids: Sequence[int],
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.runtime = runtime
-        self._rollout = recipe.rollout
+        self._max_response_tokens = recipe.rollout.max_response_tokens
+        self._stop_token_ids = tuple(stop_token_ids)
         reward = recipe.reward
         self._pool = (
             RewardPool(
@@ -126,14 +133,13 @@ class Sampler:
             self._pool.__exit__(kind, error, traceback)
 
     def sampling(self, *, temperature: float, top_p: float, top_k: int = 0) -> SamplingParams:
-        """The recipe's lengths and stop tokens at these settings."""
-        stops = {self.tokenizer.eos_token_id, *self._rollout.stop_token_ids}
+        """The run's lengths and stop tokens at these settings."""
         return SamplingParams(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
-            max_response_tokens=self._rollout.max_response_tokens,
-            stop_token_ids=tuple(sorted(stops)),
+            max_response_tokens=self._max_response_tokens,
+            stop_token_ids=self._stop_token_ids,
         )
 
     def sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: SamplingParams) -> Rollouts:

@@ -25,10 +25,12 @@ from eapo_megatron.data import (
     load_tokenizer,
 )
 from eapo_megatron.policy.layout_checks import check_layout, check_lengths
+from eapo_megatron.reading import naming_files
 from eapo_megatron.records.trackers import check_trackers
 from eapo_megatron.rewards import check_reward
 from eapo_megatron.rollout.engine import check_engine
 from eapo_megatron.saved_recipe import check_run_folder
+from eapo_megatron.weights.assets import GENERATION_FILE, generation_stops
 from eapo_megatron.weights.huggingface import hf_config_of, weight_source
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Ingredients:
 
     hf_config: Mapping[str, Any]
     tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]  # that end a response, ascending
     train: PromptSet
     evaluation: list[Prompt]
     dropped: dict[str, dict[str, int]]  # records left out of "train" and "evaluation", by reason
@@ -70,19 +73,21 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         check_run_folder(recipe)
         tokenizer = _tokenizer(recipe)
         train, evaluation, dropped = _prompts(recipe, tokenizer)
-        _check_tokens(recipe, hf_config, tokenizer)
+        stop_token_ids = _check_tokens(recipe, hf_config, tokenizer)
         weight_source(recipe.model, hf_config, recipe.seed)
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
-    return Ingredients(hf_config, tokenizer, train, evaluation, dropped, recipe.make_algorithm())
+    return Ingredients(hf_config, tokenizer, stop_token_ids, train, evaluation, dropped, recipe.make_algorithm())
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     folder = recipe.model.tokenizer or recipe.model.path
     if folder is not None:
-        if not Path(folder).is_dir():
+        with naming_files(Path(folder)):
+            is_folder = Path(folder).is_dir()
+        if not is_folder:
             key = "model.tokenizer" if recipe.model.tokenizer else "model.path"
             raise RecipeError(f"{key} {folder} is not a folder")
         return load_tokenizer(folder)
@@ -136,11 +141,23 @@ def _field_mapping(data: Data) -> dict[str, Any]:
     return {**LAYOUTS[data.format], **{key: field for key, field in own.items() if field is not None}}
 
 
-def _check_tokens(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    if len(tokenizer) > hf_config["vocab_size"]:
-        raise RecipeError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {hf_config['vocab_size']}"
-        )
-    for token in recipe.rollout.stop_token_ids:
-        if not 0 <= token < hf_config["vocab_size"]:
-            raise RecipeError(f"rollout.stop_token_ids: {token} is not a token of the model")
+def _check_tokens(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Whether every token is the model's -> those that end a response.
+
+    They are the tokenizer's end of sequence, those of generation_config.json, as transformers and vLLM stop, and the
+    recipe's.
+    """
+    vocab_size = hf_config["vocab_size"]
+    if len(tokenizer) > vocab_size:
+        raise RecipeError(f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {vocab_size}")
+    if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise RecipeError(f"the tokenizer has a token {largest}, the model's vocab_size is {vocab_size}")
+    stops = {"rollout.stop_token_ids": recipe.rollout.stop_token_ids}
+    if recipe.model.path is not None:
+        file = Path(recipe.model.path) / GENERATION_FILE
+        stops[f"{file}: eos_token_id"] = generation_stops(file)
+    for key, tokens in stops.items():
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise RecipeError(f"{key}: {token} is not a token of the model")
+    return tuple(sorted({tokenizer.eos_token_id, *(token for tokens in stops.values() for token in tokens)}))

@@ -177,7 +177,9 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
         if steps:
             progress = Progress.of_state(checkpoints.load(steps[-1], policy, optimizer.megatron, optimizer.schedule))
         engine = open_engine(policy, recipe.rollout, ingredients.tokenizer)
-        sampler = stack.enter_context(Sampler(engine, recipe, ingredients.tokenizer, runtime))
+        sampler = stack.enter_context(
+            Sampler(engine, recipe, ingredients.tokenizer, runtime, stop_token_ids=ingredients.stop_token_ids)
+        )
         run = Run(
             recipe,
             ingredients,

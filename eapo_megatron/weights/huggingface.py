@@ -6,7 +6,6 @@ Everything is checked from the files' headers before anything is loaded, so a wr
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +14,12 @@ import torch
 from torch import Tensor
 
 from eapo_megatron.config import Model, RecipeError
+from eapo_megatron.reading import naming_files, read_json_object
 from eapo_megatron.weights.families import UnsupportedModelError, family_of
 from eapo_megatron.weights.megatron_weights import MegatronWeights, find_checkpoint
 from eapo_megatron.weights.tensor_files import TensorInfo, listed, read_tensor, tensor_files, tensor_infos
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 INITIALIZER_RANGE = 0.02
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -39,7 +40,8 @@ class RandomWeights:
 
     def __init__(self, hf_config: Mapping[str, Any], seed: int) -> None:
         self._shapes = family_of(dict(hf_config)).hf_shapes(hf_config)
-        self._std = hf_config.get("initializer_range", INITIALIZER_RANGE)
+        given = hf_config.get("initializer_range")
+        self._std = INITIALIZER_RANGE if given is None else given
         self._seed = seed
 
     def read(self, name: str) -> Tensor:
@@ -66,8 +68,9 @@ class HuggingFaceWeights:
         self.folder = Path(folder)
         self._named = f"{key} {folder}"
         self.hf_config = read_hf_config(self.folder, key=key)
-        self._files = tensor_files(self.folder, named=self._named)
-        self.infos = self._checked()
+        with naming_files(self.folder):
+            self._files = tensor_files(self.folder, named=self._named)
+            self.infos = self._checked()
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self._files[name], name)
@@ -81,8 +84,9 @@ class HuggingFaceWeights:
         extra = sorted(
             name for name in self._files.keys() - expected.keys() if not family.ignores(self.hf_config, name)
         )
-        if self.hf_config.get("tie_word_embeddings") and extra == ["lm_head.weight"]:
-            extra = []  # a copy of the tied embedding
+        if self.hf_config.get("tie_word_embeddings") and extra == [HEAD]:
+            self._check_tied_head()
+            extra = []
         if extra:
             raise RecipeError(f"{self._named}: unexpected tensors: {listed(extra)}")
         found: dict[str, TensorInfo] = {}
@@ -105,6 +109,19 @@ class HuggingFaceWeights:
             raise RecipeError(f"{self._named}: {listed(wrong, separator='; ')}")
         return found
 
+    def _check_tied_head(self) -> None:
+        """Whether the head beside a tied embedding is its copy."""
+        infos = [tensor_infos(self._files[name]).get(name) for name in (HEAD, EMBEDDING)]
+        if all(info is not None and info.dtype in FLOATS for info in infos) and infos[0].shape == infos[1].shape:
+            head, embedding = self.read(HEAD), self.read(EMBEDDING)
+            dtype = torch.promote_types(head.dtype, embedding.dtype)
+            if torch.equal(head.to(dtype), embedding.to(dtype)):
+                return
+        raise RecipeError(
+            f"{self._named}: {HEAD} is not a copy of {EMBEDDING}, but config.json ties the two "
+            "(tie_word_embeddings: true)"
+        )
+
 
 def read_hf_config(folder: Path, *, key: str = "model.path") -> dict[str, Any]:
     """config.json of a Hugging Face folder, refused where its family cannot honour it.
@@ -112,8 +129,9 @@ def read_hf_config(folder: Path, *, key: str = "model.path") -> dict[str, Any]:
     Raises:
         RecipeError: naming the file and the key.
     """
-    if not (folder / "config.json").is_file():
-        raise RecipeError(f"{key} {folder} has no config.json")
+    with naming_files(folder):
+        if not (folder / "config.json").exists():
+            raise RecipeError(f"{key} {folder} has no config.json")
     return read_config_file(folder / "config.json")
 
 
@@ -123,11 +141,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: naming the file and the key.
     """
-    try:
-        hf_config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{path}: not valid JSON: {error}") from error
-    return checked_hf_config(hf_config, source=str(path))
+    return checked_hf_config(read_json_object(path), source=str(path))
 
 
 def checked_hf_config(hf_config: dict[str, Any], *, source: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ A .bin file is mapped into memory and unpickled with `weights_only`: it may hold
 from __future__ import annotations
 
 import functools
-import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eapo_megatron.config import RecipeError
+from eapo_megatron.reading import check_file, read_json_object
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -50,15 +50,26 @@ def tensor_files(folder: Path, *, named: str) -> dict[str, Path]:
     """
     for single in (folder / name for name in SINGLE_FILES):
         index = folder / f"{single.name}.index.json"
-        if index.is_file():
-            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-            if absent := sorted({str(file) for file in files.values() if not file.is_file()}):
+        if index.exists():
+            files = _indexed(index)
+            if absent := sorted({str(file) for file in files.values() if not file.exists()}):
                 raise RecipeError(f"{named}: files named by its index are missing: {listed(absent)}")
             return files
-        if single.is_file():
+        if single.exists():
             return dict.fromkeys(tensor_infos(single), single)
     looked_for = ", ".join(f"{single}, {single}.index.json" for single in SINGLE_FILES)
     raise RecipeError(f"{named} has no weights (none of {looked_for})")
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """The file of each tensor that an index names; all of them are in the index's own folder."""
+    held = read_json_object(index).get("weight_map")
+    if not isinstance(held, dict) or not held:
+        raise RecipeError(f"{index} has no weight_map, a mapping of tensors to files")
+    for name, file in held.items():
+        if not isinstance(file, str) or file in ("", "..") or "\0" in file or Path(file).name != file:
+            raise RecipeError(f"{index}: tensor {name} must be in a file of this folder, got {file!r}")
+    return {name: index.parent / file for name, file in held.items()}
 
 
 def tensor_infos(file: Path) -> dict[str, TensorInfo]:
@@ -67,6 +78,7 @@ def tensor_infos(file: Path) -> dict[str, TensorInfo]:
     Raises:
         RecipeError: for a file that is damaged, or that is not of tensors alone.
     """
+    check_file(file)
     if file.suffix == ".bin":
         return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in _mapped(file).items()}
     try:

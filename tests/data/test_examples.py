@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from eapo_megatron.config import RecipeError
 from eapo_megatron.data import LAYOUTS, DataError, Example, load_examples
 from eapo_megatron.rewards import math_reward
 
@@ -85,7 +86,11 @@ GOOD = '{"problem": "a?", "answer": "1"}'
         ("data.json", "[", "data.json: malformed JSON"),
         ("data.json", "{}", "data.json: must hold a list of objects, got dict"),
         ("data.json", f'[{GOOD}, {{"answer": "2"}}]', "data.json, record 2: no field 'problem'"),
-        ("data.json", '[{"problem": 3, "answer": "2"}]', "data.json, record 1: field 'problem' must be text, got int"),
+        (
+            "data.json",
+            '[{"problem": 3, "answer": "2"}]',
+            "data.json, record 1: field 'problem' must be text or a list of messages, got int",
+        ),
         ("data.json", '[{"problem": "a?", "answer": {}}]', "data.json, record 1: an answer must be text, a number or"),
         ("data.json", '[{"problem": "a?", "answer": true}]', "data.json, record 1: an answer must be text, a number"),
         ("data.json", "[]", r"data.json: no usable example \(the file is empty\)"),
@@ -97,7 +102,7 @@ GOOD = '{"problem": "a?", "answer": "1"}'
 def test_unusable_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(RecipeError, match=message):
         load_examples(tmp_path / name)
 
 
@@ -146,3 +151,72 @@ def test_real_benchmarks_answer_themselves(real_data: Path, name: str, kept: int
     for example in loaded.examples:
         first = example.answer[0] if isinstance(example.answer, list) else example.answer
         assert math_reward(rf"\boxed{{{first}}}", example.answer) == 1.0
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+QUESTION = {"role": "user", "content": "6 times 7?"}
+DAPO = {
+    "data_source": "math_dapo",
+    "prompt": [QUESTION],
+    "ability": "MATH",
+    "reward_model": {"ground_truth": "42", "style": "rule-lighteval/MATH_v2"},
+    "extra_info": {"index": "9a9b6eb4"},
+}
+NEMO_RL = {"messages": [QUESTION, {"role": "assistant", "content": "42"}], "task_name": "math"}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_layouts_of_chats(tmp_path: Path, suffix: str) -> None:
+    verl = write(tmp_path / f"verl{suffix}", [DAPO, DAPO | {"prompt": [SYSTEM, QUESTION]}])
+    assert load_examples(verl, **LAYOUTS["verl"]).examples == [
+        Example("6 times 7?", "42"),
+        Example([SYSTEM, QUESTION], "42"),
+    ]
+    by_struct = load_examples(verl, prompt_field="prompt", answer_field="reward_model")
+    assert [example.answer for example in by_struct.examples] == ["42", "42"]
+    nemo = write(tmp_path / f"nemo{suffix}", [NEMO_RL, {"messages": [SYSTEM, *NEMO_RL["messages"]]}])
+    assert load_examples(nemo, **LAYOUTS["nemo_rl"]).examples == [
+        Example("6 times 7?", "42"),
+        Example([SYSTEM, QUESTION], "42"),
+    ]
+
+
+def test_a_path_of_fields_and_a_field_with_a_dot(tmp_path: Path) -> None:
+    records = [
+        {"q": {"texts": ["a?", "b?"]}, "a.b": "1", "a": {"b": "2"}, "c": {"why": "so"}},
+        {"q": {"texts": ["c?"]}, "a.b": None, "a": {"b": "2"}, "c": None},
+    ]
+    path = write(tmp_path / "a.jsonl", records)
+    loaded = load_examples(path, prompt_field="q.texts.-1", answer_field="a.b", solution_field="c.why")
+    assert loaded.examples == [Example("b?", "1", "so")]  # the field of that very name
+    assert loaded.dropped == {"no answer": 1}
+    with pytest.raises(DataError, match=r"line 1: no field 'a\.x', the fields of 'a' are \['b'\]"):
+        load_examples(path, prompt_field="q.texts.0", answer_field="a.x")
+    with pytest.raises(DataError, match=r"no field 'q\.texts\.2', the fields of 'q\.texts' are those of a list"):
+        load_examples(path, prompt_field="q.texts.2", answer_field="a")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ([], "the messages of 'prompt' must end with the user's"),
+        ([SYSTEM], "the messages of 'prompt' must end with the user's"),
+        ([QUESTION, {"role": "assistant", "content": "42"}], "the messages of 'prompt' must end with the user's"),
+        (["6 times 7?"], "message 1 of 'prompt' must be an object, got str"),
+        ([SYSTEM, {"role": "human", "content": "?"}], "message 2 of 'prompt': role must be one of system, user, "),
+        (
+            [SYSTEM, {"role": "user", "content": [{"type": "image"}]}],
+            "message 2 of 'prompt': content must be text, got",
+        ),
+        ([{"role": "user"}], "message 1 of 'prompt': content must be text, got NoneType"),
+    ],
+)
+def test_prompts_that_are_no_chat(tmp_path: Path, prompt: list, sentence: str) -> None:
+    path = write(tmp_path / "a.jsonl", [DAPO, DAPO | {"prompt": prompt}])
+    with pytest.raises(DataError, match=f"a.jsonl, line 2: {sentence}"):
+        load_examples(path, **LAYOUTS["verl"])
+
+
+def test_a_chat_whose_question_is_blank_is_dropped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [DAPO, DAPO | {"prompt": [SYSTEM, {"role": "user", "content": " "}]}])
+    assert load_examples(path, **LAYOUTS["verl"]).dropped == {"blank prompt": 1}

@@ -1,5 +1,9 @@
+import re
+from pathlib import Path
+
 import pytest
 
+from eapo_megatron.config import RecipeError
 from eapo_megatron.data import DataError, Example, arithmetic_tokenizer, build_prompts, load_tokenizer
 from eapo_megatron.data.tokenizers import character_tokenizer
 
@@ -106,3 +110,84 @@ def test_loaded_tokenizer_pads_with_its_end_of_sequence(tmp_path) -> None:
 def test_alphabet_with_a_repeated_character() -> None:
     with pytest.raises(ValueError, match="alphabet must not repeat a character, got 'aba'"):
         character_tokenizer("aba")
+
+
+CHAT_EXAMPLE = Example(
+    [
+        {"role": "system", "content": "be brief."},
+        {"role": "user", "content": "1+1=?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2=?"},
+    ],
+    "4",
+)
+
+
+def test_the_messages_of_a_record() -> None:
+    prompts = build_prompts([CHAT_EXAMPLE], chat_tokenizer(), template="chat", suffix=" so", max_prompt_tokens=200)
+    assert prompts[0].text == ("system:be brief.<eos>user:1+1=?<eos>assistant:2<eos>user:2+2=? so<eos>assistant:")
+    replaced = build_prompts(
+        [CHAT_EXAMPLE], chat_tokenizer(), template="chat", system_prompt="think.", max_prompt_tokens=200
+    )
+    assert replaced[0].text.startswith("system:think.<eos>user:1+1")
+    with pytest.raises(DataError, match='must be "chat" for prompts of several messages: example 0 has 4'):
+        build_prompts([CHAT_EXAMPLE], chat_tokenizer(), template="{prompt}", max_prompt_tokens=200)
+
+
+@pytest.mark.parametrize(
+    ("template", "detail"),
+    [
+        ("{{ raise_exception('no system role') }}", "TemplateError: no system role"),
+        ("{{ messages[0].content.nothing.more }}", "UndefinedError: "),
+        ("{% for m in messages %}", "TemplateSyntaxError: "),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: "),
+    ],
+)
+def test_a_chat_template_that_fails(template: str, detail: str) -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.name_or_path, tokenizer.chat_template = "some/model", template
+    message = f"^data.template: the chat template of tokenizer 'some/model' fails on a chat of user: {detail}"
+    with pytest.raises(DataError, match=message) as refused:
+        build_prompts(EXAMPLES, tokenizer, template="chat", max_prompt_tokens=100)
+    assert "\n" not in str(refused.value)
+
+
+def test_prompts_without_a_token_or_that_are_no_text() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.name_or_path, tokenizer.chat_template = "some/model", "{{ '' }}"
+    with pytest.raises(DataError, match="tokenizer 'some/model' makes no token of the prompt ''"):
+        build_prompts(EXAMPLES, tokenizer, template="chat", max_prompt_tokens=100)
+    with pytest.raises(
+        DataError, match=r"data.template, system_prompt or suffix holds a lone surrogate: '1\+2=\?\\ud800'"
+    ):
+        build_prompts(EXAMPLES, tokenizer, template="{prompt}", suffix="\ud800", max_prompt_tokens=100)
+
+
+QWEN2 = '{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}'
+VOCABULARY = '{"a": 0, "b": 1, "<|im_end|>": 2}'
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"tokenizer_config.json": QWEN2}, "tokenizer {} has no vocabulary: is tokenizer.json missing?"),
+        (
+            {"tokenizer_config.json": QWEN2, "vocab.json": VOCABULARY},
+            "tokenizer {} has vocab.json and neither merges.txt",
+        ),
+        ({"tokenizer_config.json": QWEN2, "merges.txt": "a b\n"}, "tokenizer {} has merges.txt and neither vocab.json"),
+        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, "{}/tokenizer.json is a Git LFS pointer"),
+        ({"tokenizer.json": "{", "tokenizer_config.json": QWEN2}, "{}/tokenizer.json: malformed JSON"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": QWEN2}, "tokenizer {} cannot be loaded: "),
+        ({"tokenizer.json": "[" * 100_000}, "{}/tokenizer.json: JSON nested too deeply"),
+        ({"tokenizer_config.json": "3"}, "{}/tokenizer_config.json: must hold an object, got int"),
+        ({"tokenizer.json": None, "tokenizer_config.json": QWEN2}, "{}/tokenizer.json is a folder, not a file"),
+        ({}, "tokenizer {} cannot be loaded: "),
+    ],
+)
+def test_folders_without_a_whole_tokenizer(tmp_path: Path, files: dict[str, str | None], sentence: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).mkdir() if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match="^" + re.escape(sentence.format(tmp_path))) as refused:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(refused.value)

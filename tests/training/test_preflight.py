@@ -176,7 +176,8 @@ def test_algorithms_are_checked_by_name_and_option(tmp_path: Path, algorithm: di
     [
         ({"model_type": "mystery"}, "model_type 'mystery' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' lacks its factor"),
+        ({"num_hidden_layers": 1e9}, "model.architecture: num_hidden_layers must be an integer from 1 to 1000"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"vocab_size": 20}, "more than the model's vocab_size 20"),
         ({"max_position_embeddings": 60}, "exceeds the model's max_position_embeddings 60"),

@@ -68,6 +68,7 @@ def refusal(config: dict[str, Any]) -> str:
         ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope type 'longrope' is not supported for model_type"),
         ({"rope_scaling": None, "rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' lacks its factor"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope_parameters of full_attention: one set"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported for model_type {}"),
         ({"architectures": ["RewardModel"]}, "architectures RewardModel: only "),
@@ -81,23 +82,28 @@ def test_refuses_by_name(model_type: str, changes: dict[str, Any], sentence: str
     ("model_type", "changes", "sentence"),
     [
         ("gpt_oss", {}, "model_type 'gpt_oss' is not supported (known: "),
-        ("qwen2", {"rope_scaling": LLAMA3}, "rope type 'llama3' is not supported for model_type qwen2"),
+        ("deepseek_v3", {"rope_scaling": LLAMA3}, "rope type 'llama3' is not supported for model_type deepseek_v3"),
         ("qwen2", {"hidden_size": 30}, "hidden_size 30 is not a multiple of num_attention_heads 4"),
         ("qwen3", {"head_dim": None}, "head_dim is missing for model_type qwen3"),
         ("llama", {"rope_scaling": LLAMA3 | {"factor": None}}, "rope type 'llama3' lacks its factor"),
         (
             "llama",
-            {"rope_scaling": LLAMA3 | {"high_freq_factor": 2.0}},
-            "rope type 'llama3' with high_freq_factor 2.0 is not supported: needs 4.0",
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "rope type 'llama3': low_freq_factor must be below high_freq_factor",
         ),
         (
             "llama",
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
-            "rope type 'llama3' with original_max_position_embeddings None is not supported: needs 8192",
+            "rope type 'llama3' lacks its original_max_position_embeddings",
+        ),
+        ("llama", {"rope_scaling": LLAMA3 | {"beta": 1}}, "rope type 'llama3' with beta is not supported"),
+        ("qwen3", {"rope_scaling": YARN | {"attn_factor": 1.0}}, "rope type 'yarn' with attn_factor is not supported"),
+        (
+            "qwen2",
+            {"rope_scaling": YARN, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings is 16, and 32 for the rope type",
         ),
         ("mistral", {"sliding_window": 4096}, "sliding_window 4096 is not supported: set it to null"),
-        ("qwen2", {"rope_scaling": YARN}, "rope type 'yarn' is not supported for model_type qwen2"),
-        ("qwen3_moe", {"rope_scaling": YARN}, "rope type 'yarn' is not supported for model_type qwen3_moe"),
         ("qwen3_moe", {"num_experts": None}, "num_experts is missing for model_type qwen3_moe"),
         ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size is missing for model_type qwen3_moe"),
         ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok 1 of 6 experts is not supported"),
@@ -128,26 +134,130 @@ def test_mistral_without_the_key_has_a_sliding_window() -> None:
     ],
 )
 @pytest.mark.parametrize("head_dim", [16, 128])
-def test_llama3_frequencies_are_those_of_transformers(head_dim: int, given: dict[str, Any]) -> None:
-    from megatron.core.models.common.embeddings import RotaryEmbedding
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {},
+        {"factor": 32.0},
+        {"low_freq_factor": 2.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 4096},
+        {"factor": 1.5, "low_freq_factor": 0.5, "high_freq_factor": 7, "original_max_position_embeddings": 300},
+    ],
+)
+def test_llama3_frequencies_are_those_of_transformers(
+    head_dim: int, given: dict[str, Any], constants: dict[str, Any]
+) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = {key: value for key, value in CONFIGS["llama"].items() if not key.startswith("rope")}
     config |= {"head_dim": head_dim, "max_position_embeddings": 131072} | given
+    rope = "rope_scaling" if "rope_scaling" in config else "rope_parameters"
+    config[rope] = config[rope] | constants
     family_of(config).validate(config)
-    ours = family_of(config).gpt_model(config)
-    rotary = RotaryEmbedding(
-        kv_channels=family_of(config).transformer_config(config)["kv_channels"],
-        rotary_percent=1.0,
-        rotary_base=ours["rotary_base"],
-        rope_scaling=ours["rope_scaling"],
-        rope_scaling_factor=ours["rope_scaling_factor"],
-        use_cpu_initialization=True,
-    )
     expected, factor = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**config))
     assert factor == 1.0
-    assert torch.equal(rotary.inv_freq, expected)
+    assert torch.equal(family_of(config).gpt_model(config)["rotary_frequencies"], expected)
+    assert family_of(config).transformer_config(config)["softmax_scale"] is None
+
+
+QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"factor": 1.0},
+        {"attention_factor": 0.7},
+        {"mscale": 0.7, "mscale_all_dim": 1.2},
+        {"mscale": 0.7, "mscale_all_dim": 0.0},
+        {"mscale": 0.7},
+        {"beta_fast": 8, "beta_slow": 2.0, "truncate": False},
+        {"beta_fast": 2.0, "beta_slow": 2.0, "factor": 40, "original_max_position_embeddings": 64},
+    ],
+)
+def test_yarn_is_that_of_transformers(model_type: str, changes: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = CONFIGS[model_type] | {"head_dim": 64, "rope_theta": 1e6, "rope_scaling": QWEN_YARN | changes}
+    config["max_position_embeddings"] = 32768
+    family = family_of(config)
+    family.validate(config)
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.for_model(**config))
+    arguments = family.gpt_model(config)
+    assert torch.equal(arguments["rotary_frequencies"], expected)
+    yarn = config["rope_scaling"]
+    assert arguments["max_sequence_length"] == max(32768, yarn["factor"] * yarn["original_max_position_embeddings"])
+    scale = family.transformer_config(config)["softmax_scale"]
+    assert (1 / 8 if scale is None else scale) == pytest.approx(factor**2 / 8, rel=1e-12)
+
+
+def wrong_values(kind: str, *, low: float) -> list[Any]:
+    wrong: list[Any] = ["x", "8", [8], {"a": 1}, True, math.nan, math.inf, -math.inf, -1, low - 1]
+    return wrong + ([8.0, 1e9, 10**12] if kind == "integer" else [1e300])
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_number_is_checked_for_type_and_range(model_type: str) -> None:
+    """Every value that is no number, or far out of range, under every number that the family reads."""
+    config, family = CONFIGS[model_type], FAMILIES[model_type]
+    numbers = {name: key for name, key in family.keys.items() if " number " in f" {key}" or "an integer" in str(key)}
+    assert {"num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "rms_norm_eps"} <= numbers.keys()
+    for name, key in numbers.items():
+        for value in wrong_values("integer" if "an integer" in str(key) else "number", low=key.low):  # type: ignore[attr-defined]
+            assert refusal(config | {name: value}).startswith(f"{name} must be {key}, got "), (name, value)
+    for name in ("tie_word_embeddings",):
+        for value in ("false", 0, 1.0, []):
+            assert refusal(config | {name: value}) == f"{name} must be true or false, got {value!r}"
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rope_theta": "x", "rope_scaling": None}, "rope rope_theta must be a number above 1 to 1e+15, got 'x'"),
+        ({"rope_theta": math.nan, "rope_scaling": None}, "rope rope_theta must be a number above 1"),
+        ({"rope_theta": -1.0, "rope_scaling": None}, "rope rope_theta must be a number above 1"),
+        ({"rope_theta": [1e4], "rope_scaling": None}, "rope rope_theta must be a number above 1"),
+        ({"rope_scaling": "yarn"}, "rope_scaling must be a mapping, got 'yarn'"),
+        ({"rope_scaling": [4.0]}, "rope_scaling must be a mapping, got [4.0]"),
+        ({"rope_scaling": {"rope_type": 3}}, "rope rope_type must be text, got 3"),
+        ({"rope_scaling": QWEN_YARN | {"factor": "4"}}, "rope type 'yarn': factor must be a number above 0"),
+        ({"rope_scaling": QWEN_YARN | {"factor": 0}}, "rope type 'yarn': factor must be a number above 0"),
+        (
+            {"rope_scaling": QWEN_YARN | {"original_max_position_embeddings": 4096.0}},
+            "rope type 'yarn': original_max_position_embeddings must be an integer from 1",
+        ),
+        ({"rope_scaling": QWEN_YARN | {"beta_fast": True}}, "rope type 'yarn': beta_fast must be a number above 0"),
+        ({"layer_types": "full_attention"}, "layer_types must be a list of texts, got 'full_attention'"),
+        ({"layer_types": [["full_attention"]]}, "layer_types must be a list of texts"),
+        ({"architectures": "Qwen2ForCausalLM"}, "architectures must be a list of texts, got 'Qwen2ForCausalLM'"),
+        ({"model_type": ["qwen2"]}, "model_type ['qwen2'] is not supported"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads 3 is not a multiple of num_key"),
+    ],
+)
+def test_other_values_of_a_wrong_type(model_type: str, changes: dict[str, Any], sentence: str) -> None:
+    assert refusal(CONFIGS[model_type] | changes).startswith(sentence)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "mixtral"])
+def test_heads_turn_in_pairs(model_type: str) -> None:
+    assert refusal(CONFIGS[model_type] | {"head_dim": 7}).startswith("head_dim 7 is odd")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mlp_only_layers": [0.5]}, "mlp_only_layers must be a list of integers"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of integers"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false"),
+    ],
+)
+def test_values_of_a_wrong_type_in_mixtures(changes: dict[str, Any], sentence: str) -> None:
+    assert refusal(CONFIGS["qwen3_moe"] | changes).startswith(sentence)
 
 
 @pytest.mark.parametrize("given", [{"rope_theta": 7e4}, {"rope_parameters": {"rope_theta": 7e4}}])
@@ -157,7 +267,7 @@ def test_plain_rotary_base(model_type: str, given: dict[str, Any]) -> None:
     family_of(config).validate(config)
     arguments = family_of(config).gpt_model(config)
     assert arguments["rotary_base"] == 7e4
-    assert "rope_scaling" not in arguments
+    assert "rotary_frequencies" not in arguments
 
 
 @pytest.mark.parametrize(
@@ -191,7 +301,8 @@ def test_layers_with_experts(changes: dict[str, Any], pattern: int | list[int]) 
         ({"kv_lora_rank": None}, "kv_lora_rank is missing"),
         ({"num_key_value_heads": 2}, "num_key_value_heads must equal num_attention_heads"),
         ({"first_k_dense_replace": 4}, "first_k_dense_replace leaves no layer with experts"),
-        ({"n_shared_experts": 0}, "n_shared_experts must be at least 1"),
+        ({"n_shared_experts": 0}, "n_shared_experts must be an integer from 1"),
+        ({"qk_rope_head_dim": 5}, "qk_rope_head_dim 5 is odd"),
         ({"n_group": 3}, "n_group 3 and topk_group 2 do not fit 8 experts"),
         ({"topk_group": 5}, "n_group 4 and topk_group 5 do not fit 8 experts"),
         ({"topk_group": 3}, "topk_group 3 of n_group 4 with num_experts_per_tok 4 is not supported"),

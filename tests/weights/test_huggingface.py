@@ -112,7 +112,7 @@ def test_folder_without_config(folder: Path) -> None:
 
 def test_config_that_is_not_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    refuses(folder, f"{folder / 'config.json'}: not valid JSON: ")
+    refuses(folder, f"{folder / 'config.json'}: malformed JSON (")
 
 
 def test_folder_without_tensors(folder: Path) -> None:

@@ -64,7 +64,8 @@ def from_hf(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> Non
         torch.save(COMMON, release / "common.pt")
         (unfinished / TRACKER).write_text(RELEASE)
         (unfinished / assets.FOLDER).mkdir()
-        assets.copy_assets(source, unfinished / assets.FOLDER)
+        if assets.CONFIG_FILE in assets.copy_assets(source, unfinished / assets.FOLDER):
+            assets.write_config(unfinished / assets.FOLDER, hf.hf_config)
 
 
 def _dtypes(hf: HuggingFaceWeights, weights: Sequence[Weight], places: Mapping[str, Place]) -> dict[str, torch.dtype]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from eapo_megatron.config import RecipeError
 from eapo_megatron.durable import flushing_behind, new_folder
+from eapo_megatron.reading import read_json_object
 from eapo_megatron.weights import assets
 from eapo_megatron.weights.convert.progress import progress_of
 from eapo_megatron.weights.convert.safetensors_writer import plan_shards, write_shards
@@ -87,7 +87,7 @@ def _config_file(checkpoint: Path, config: Path | None) -> Path:
 
 def _write_config(source: Path, out: Path, dtype: torch.dtype) -> None:
     """config.json with this dtype, the very file where it says so already."""
-    hf_config = json.loads(source.read_text(encoding="utf-8"))
+    hf_config = read_json_object(source)
     key = "dtype" if "dtype" in hf_config else "torch_dtype"
     name = str(dtype).removeprefix("torch.")
     if hf_config.get(key) == name:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from eapo_megatron.weights.families import deepseek_v3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
-from eapo_megatron.weights.families.family import Family, UnsupportedModelError, Weight, padded_vocab_size
+from eapo_megatron.weights.families.family import Family, Weight, padded_vocab_size
+from eapo_megatron.weights.families.keys import UnsupportedModelError
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -18,7 +19,7 @@ def family_of(hf_config: dict) -> Family:
         UnsupportedModelError: naming the model type and the known ones.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not supported (known: {', '.join(sorted(FAMILIES))})"
         )

@@ -6,6 +6,7 @@ read; whatever else of them changes the computation is refused by name in `check
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,21 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eapo_megatron.weights.families.family import HFConfig, UnsupportedModelError, Weight
+from eapo_megatron.weights.families import rotary
+from eapo_megatron.weights.families.family import Weight
+from eapo_megatron.weights.families.keys import FLAG, TEXTS, HFConfig, Key, Real, UnsupportedModelError, Whole
 
-REQUIRED_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
+# Sizes past these are mistakes, and a model's weights are listed before its files are opened.
+MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 2**24, 1000, 4096, 4096
+KEYS: dict[str, Key] = {
+    "vocab_size": Whole(MAX_WIDTH),
+    "hidden_size": Whole(MAX_WIDTH),
+    "intermediate_size": Whole(MAX_WIDTH),
+    "num_hidden_layers": Whole(MAX_LAYERS),
+    "num_attention_heads": Whole(MAX_HEADS),
+    "num_key_value_heads": Whole(MAX_HEADS),
+    "max_position_embeddings": Whole(rotary.MAX_POSITIONS),
+    "head_dim": Whole(MAX_WIDTH, low=2, required=False),
+    "rms_norm_eps": Real(1.0),
+    "initializer_range": Real(100.0, low_included=True),
+    "tie_word_embeddings": FLAG,
+    "layer_types": TEXTS,
+}
+DEFAULT_EPS = 1e-6
 OFF_KEYS = ("use_sliding_window", "attention_bias", "mlp_bias", "attention_dropout")
 
 
-def check(hf: HFConfig, *, rope_types: Sequence[str] = ("default",)) -> None:
+def check(hf: HFConfig, *, rope_types: Sequence[str] = ("default", "llama3", "yarn")) -> None:
     """Refuses what no family honours, and rotary embeddings other than `rope_types`.
 
     Raises:
@@ -48,25 +59,18 @@ def check(hf: HFConfig, *, rope_types: Sequence[str] = ("default",)) -> None:
         raise UnsupportedModelError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if not hf.get("head_dim") and hf["hidden_size"] % heads:
         raise UnsupportedModelError(f"hidden_size {hf['hidden_size']} is not a multiple of num_attention_heads {heads}")
-    rope = rope_parameters(hf)
-    if rope["rope_type"] not in rope_types:
-        raise UnsupportedModelError(f"rope type {rope['rope_type']!r} {of_this_type}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(f"partial_rotary_factor {rope['partial_rotary_factor']} {of_this_type}")
+    rotary.check(hf, rope_types)
 
 
-def rope_parameters(hf: HFConfig, *, default_theta: float = 10_000.0) -> dict[str, Any]:
-    """The rotary embedding under the keys of transformers 5, `rope_type` and `rope_theta` among them, from any release.
+def check_grouped(hf: HFConfig) -> None:
+    """`check` for grouped-query attention, whose heads turn in pairs.
 
     Raises:
-        UnsupportedModelError: for parameters that differ between layers.
+        UnsupportedModelError: naming the key.
     """
-    given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    if nested := sorted(key for key, value in given.items() if isinstance(value, dict)):
-        raise UnsupportedModelError(f"rope_parameters of {', '.join(nested)}: one set for all layers is supported")
-    kind = given.pop("type", "default")
-    outer = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if hf.get(key) is not None}
-    return {"rope_type": kind, "rope_theta": default_theta} | outer | given
+    check(hf)
+    if head_dim(hf) % 2:
+        raise UnsupportedModelError(f"head_dim {head_dim(hf)} is odd (absent, it is hidden_size / num_attention_heads)")
 
 
 def head_dim(hf: HFConfig) -> int:
@@ -76,6 +80,7 @@ def head_dim(hf: HFConfig) -> int:
 
 def transformer_config(hf: HFConfig) -> dict[str, Any]:
     """TransformerConfig's arguments of a decoder without biases."""
+    factor = rotary.attention_factor(hf)
     return {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
@@ -84,19 +89,23 @@ def transformer_config(hf: HFConfig) -> dict[str, Any]:
         "num_query_groups": hf["num_key_value_heads"],
         "kv_channels": head_dim(hf),
         "normalization": "RMSNorm",
-        "layernorm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "layernorm_epsilon": DEFAULT_EPS if hf.get("rms_norm_eps") is None else hf["rms_norm_eps"],
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
+        # Queries and keys are both multiplied by the factor: so are, squared, their products.
+        "softmax_scale": None if factor == 1 else factor**2 / math.sqrt(head_dim(hf)),
     }
 
 
 def gpt_model(hf: HFConfig) -> dict[str, Any]:
-    """GPTModel's arguments for unscaled rotary positions."""
+    """The model's arguments beyond TransformerConfig: `rotary_frequencies` where they are not plain."""
+    frequencies = rotary.scaled_frequencies(hf, head_dim(hf))
     return {
-        "max_sequence_length": hf["max_position_embeddings"],
+        "max_sequence_length": rotary.longest_sequence(hf),
         "position_embedding_type": "rope",
-        "rotary_base": float(rope_parameters(hf)["rope_theta"]),
+        "rotary_base": float(rotary.rope_parameters(hf)["rope_theta"]),
+        **({} if frequencies is None else {"rotary_frequencies": frequencies}),
         "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
     }
 

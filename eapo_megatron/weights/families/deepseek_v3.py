@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from eapo_megatron.weights.families import decoder, mixture
-from eapo_megatron.weights.families.family import Family, HFConfig, UnsupportedModelError, Weight
+from eapo_megatron.weights.families import decoder, mixture, rotary
+from eapo_megatron.weights.families.family import Family, Weight
+from eapo_megatron.weights.families.keys import HFConfig, Key, Real, UnsupportedModelError, Whole
 
 # What the model code computes without asking; other values of these keys ask for another model.
 FIXED = {
@@ -19,6 +20,19 @@ FIXED = {
     "norm_topk_prob": True,
     "rope_interleave": True,
     "moe_layer_freq": 1,
+}
+KEYS: dict[str, Key] = {
+    **decoder.KEYS,
+    **mixture.KEYS,
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "n_group", "topk_group"), Whole(decoder.MAX_EXPERTS)),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+        Whole(decoder.MAX_WIDTH),
+    ),
+    "routed_scaling_factor": Real(1e6, required=True),
+    "first_k_dense_replace": Whole(decoder.MAX_LAYERS, low=0),
+    "q_lora_rank": Whole(decoder.MAX_WIDTH, required=False),
+    "num_nextn_predict_layers": Whole(decoder.MAX_LAYERS, low=0, required=False),
 }
 YARN_KEYS = {
     "rope_type",
@@ -41,12 +55,12 @@ def _check(hf: HFConfig) -> None:
         raise UnsupportedModelError("num_key_value_heads must equal num_attention_heads for model_type deepseek_v3")
     if hf["first_k_dense_replace"] >= hf["num_hidden_layers"]:
         raise UnsupportedModelError("first_k_dense_replace leaves no layer with experts")
-    if hf["n_shared_experts"] < 1:
-        raise UnsupportedModelError("n_shared_experts must be at least 1 for model_type deepseek_v3")
+    if hf["qk_rope_head_dim"] % 2:
+        raise UnsupportedModelError(f"qk_rope_head_dim {hf['qk_rope_head_dim']} is odd")
     mixture.check(hf, num_experts=hf["n_routed_experts"])
     _check_groups(hf)
-    if decoder.rope_parameters(hf)["rope_type"] == "yarn":
-        _check_yarn(decoder.rope_parameters(hf))
+    if rotary.rope_parameters(hf)["rope_type"] == "yarn":
+        _check_yarn(rotary.rope_parameters(hf))
 
 
 def _check_groups(hf: HFConfig) -> None:
@@ -64,15 +78,12 @@ def _check_groups(hf: HFConfig) -> None:
 def _check_yarn(rope: dict[str, Any]) -> None:
     if unknown := sorted(rope.keys() - YARN_KEYS):
         raise UnsupportedModelError(f"rope type 'yarn' with {', '.join(unknown)} is not supported")
-    for key in ("factor", "original_max_position_embeddings"):
-        if rope.get(key) is None:
-            raise UnsupportedModelError(f"rope type 'yarn' lacks its {key}")
     if rope.get("mscale_all_dim") and not rope.get("mscale"):
         raise UnsupportedModelError("rope type 'yarn' with mscale_all_dim and without mscale is not supported")
 
 
 def _rotary_config(hf: HFConfig) -> dict[str, Any]:
-    rope = decoder.rope_parameters(hf)
+    rope = rotary.rope_parameters(hf)
     config = {"rope_type": "rope", "rotary_base": float(rope["rope_theta"]), "rotary_scaling_factor": 1.0}
     if rope["rope_type"] == "default":
         return config
@@ -99,6 +110,7 @@ def _transformer_config(hf: HFConfig) -> dict[str, Any]:
         **mixture.transformer_config(hf, num_experts=hf["n_routed_experts"], ffn=hf["moe_intermediate_size"]),
         **_rotary_config(hf),
         "kv_channels": hf["v_head_dim"],
+        "softmax_scale": None,  # latent attention has its own
         "q_lora_rank": hf.get("q_lora_rank"),
         "kv_lora_rank": hf["kv_lora_rank"],
         "qk_head_dim": hf["qk_nope_head_dim"],
@@ -113,6 +125,10 @@ def _transformer_config(hf: HFConfig) -> dict[str, Any]:
         "moe_router_num_groups": hf["n_group"] if grouped else None,
         "moe_router_group_topk": hf["topk_group"] if grouped else None,
     }
+
+
+def _gpt_model(hf: HFConfig) -> dict[str, Any]:
+    return {key: value for key, value in decoder.gpt_model(hf).items() if key != "rotary_frequencies"}
 
 
 def _attention_weights(hf: HFConfig, layer: int) -> list[Weight]:
@@ -170,24 +186,10 @@ def _prediction_layers(hf: HFConfig) -> tuple[str, ...]:
 FAMILY = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
-    required_keys=(
-        *decoder.REQUIRED_KEYS,
-        "moe_intermediate_size",
-        "n_routed_experts",
-        "n_shared_experts",
-        "num_experts_per_tok",
-        "n_group",
-        "topk_group",
-        "routed_scaling_factor",
-        "first_k_dense_replace",
-        "kv_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-    ),
+    keys=KEYS,
     check=_check,
     transformer_config=_transformer_config,
-    gpt_model=decoder.gpt_model,
+    gpt_model=_gpt_model,
     layer_weights=_layer_weights,
     edge_weights=decoder.edge_weights,
     ignored_prefixes=_prediction_layers,

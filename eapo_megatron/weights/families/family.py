@@ -8,11 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-HFConfig = Mapping[str, Any]
-
-
-class UnsupportedModelError(ValueError):
-    """A config.json that asks for something the mapping does not honour."""
+from eapo_megatron.weights.families.keys import TEXTS, HFConfig, Key, UnsupportedModelError, check_keys
 
 
 @dataclass(frozen=True)
@@ -51,12 +47,13 @@ class Family:
 
     `transformer_config` gives the keyword arguments of TransformerConfig, `gpt_model` those of GPTModel beyond it;
     `layer_weights` the weights of one transformer layer, by its number from 0 over the whole model, and
-    `edge_weights` those of embedding, final norm and head. `check` refuses by name what they do not honour.
+    `edge_weights` those of embedding, final norm and head. `keys` are the types and ranges of what these read, and
+    `check` refuses by name what they do not honour.
     """
 
     model_type: str
     architecture: str  # the transformers class
-    required_keys: tuple[str, ...]
+    keys: Mapping[str, Key]  # what each key of config.json that is read may hold
     check: Callable[[HFConfig], None]
     transformer_config: Callable[[HFConfig], dict[str, Any]]
     gpt_model: Callable[[HFConfig], dict[str, Any]]
@@ -71,9 +68,7 @@ class Family:
         Raises:
             UnsupportedModelError: naming the key.
         """
-        for key in self.required_keys:
-            if hf.get(key) is None:
-                raise UnsupportedModelError(f"{key} is missing for model_type {self.model_type}")
+        check_keys({"architectures": TEXTS, **self.keys}, hf, of=f"model_type {self.model_type}")
         architectures = hf.get("architectures") or [self.architecture]
         if self.architecture not in architectures:
             raise UnsupportedModelError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from eapo_megatron.weights.families import decoder
-from eapo_megatron.weights.families.family import Family, HFConfig, UnsupportedModelError
+from eapo_megatron.weights.families.family import Family
+from eapo_megatron.weights.families.keys import HFConfig, UnsupportedModelError
 
 DEFAULT_SLIDING_WINDOW = 4096  # what transformers takes a missing key for
 
 
 def _check(hf: HFConfig) -> None:
-    decoder.check(hf)
+    decoder.check_grouped(hf)
     window = hf.get("sliding_window", DEFAULT_SLIDING_WINDOW)
     if window is not None:
         raise UnsupportedModelError(
@@ -20,7 +21,7 @@ def _check(hf: HFConfig) -> None:
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    required_keys=decoder.REQUIRED_KEYS,
+    keys=decoder.KEYS,
     check=_check,
     transformer_config=decoder.transformer_config,
     gpt_model=decoder.gpt_model,

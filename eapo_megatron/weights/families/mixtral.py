@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from eapo_megatron.weights.families import decoder, mixture
-from eapo_megatron.weights.families.family import Family, HFConfig, UnsupportedModelError, Weight
+from eapo_megatron.weights.families.family import Family, Weight
+from eapo_megatron.weights.families.keys import HFConfig, Real, UnsupportedModelError, Whole
 
 
 def _check(hf: HFConfig) -> None:
-    decoder.check(hf)
+    decoder.check_grouped(hf)
     for key in ("sliding_window", "router_jitter_noise"):
         if hf.get(key):
             raise UnsupportedModelError(f"{key} is not supported for model_type mixtral")
@@ -21,11 +22,6 @@ def _transformer_config(hf: HFConfig) -> dict[str, Any]:
         **decoder.transformer_config(hf),
         **mixture.transformer_config(hf, num_experts=hf["num_local_experts"], ffn=hf["intermediate_size"]),
     }
-
-
-def _gpt_model(hf: HFConfig) -> dict[str, Any]:
-    theta = decoder.rope_parameters(hf, default_theta=1_000_000.0)["rope_theta"]
-    return {**decoder.gpt_model(hf), "rotary_base": float(theta)}
 
 
 def _layer_weights(hf: HFConfig, layer: int) -> list[Weight]:
@@ -46,10 +42,15 @@ def _layer_weights(hf: HFConfig, layer: int) -> list[Weight]:
 FAMILY = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
-    required_keys=(*decoder.REQUIRED_KEYS, "rms_norm_eps", "num_local_experts", "num_experts_per_tok"),
+    keys={
+        **decoder.KEYS,
+        **mixture.KEYS,
+        "rms_norm_eps": Real(1.0, required=True),
+        "num_local_experts": Whole(decoder.MAX_EXPERTS),
+    },
     check=_check,
     transformer_config=_transformer_config,
-    gpt_model=_gpt_model,
+    gpt_model=decoder.gpt_model,
     layer_weights=_layer_weights,
     edge_weights=decoder.edge_weights,
 )

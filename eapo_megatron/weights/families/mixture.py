@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from eapo_megatron.weights.families import decoder
-from eapo_megatron.weights.families.family import HFConfig, UnsupportedModelError, Weight
+from eapo_megatron.weights.families.family import Weight
+from eapo_megatron.weights.families.keys import HFConfig, Key, UnsupportedModelError, Whole
+
+KEYS: dict[str, Key] = {"num_experts_per_tok": Whole(decoder.MAX_EXPERTS)}
 
 
 def check(hf: HFConfig, *, num_experts: int) -> None:

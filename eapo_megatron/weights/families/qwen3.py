@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from eapo_megatron.weights.families import decoder
-from eapo_megatron.weights.families.family import Family, HFConfig
+from eapo_megatron.weights.families.family import Family
+from eapo_megatron.weights.families.keys import HFConfig, Whole
 
 
 def _transformer_config(hf: HFConfig) -> dict[str, Any]:
@@ -16,8 +17,8 @@ def _transformer_config(hf: HFConfig) -> dict[str, Any]:
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    required_keys=(*decoder.REQUIRED_KEYS, "head_dim"),
-    check=decoder.check,
+    keys={**decoder.KEYS, "head_dim": Whole(decoder.MAX_WIDTH, low=2)},
+    check=decoder.check_grouped,
     transformer_config=_transformer_config,
     gpt_model=decoder.gpt_model,
     layer_weights=partial(decoder.dense_layer_weights, qk_norm=True),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from eapo_megatron.weights.families import decoder, mixture
-from eapo_megatron.weights.families.family import Family, HFConfig, UnsupportedModelError, Weight
+from eapo_megatron.weights.families.family import Family, Weight
+from eapo_megatron.weights.families.keys import FLAG, NUMBERS, HFConfig, UnsupportedModelError, Whole
 
 
 def _num_experts(hf: HFConfig) -> int:
@@ -13,11 +14,11 @@ def _num_experts(hf: HFConfig) -> int:
 
 
 def _is_dense(hf: HFConfig, layer: int) -> bool:
-    return layer in (hf.get("mlp_only_layers") or ()) or (layer + 1) % hf.get("decoder_sparse_step", 1) != 0
+    return layer in (hf.get("mlp_only_layers") or ()) or (layer + 1) % (hf.get("decoder_sparse_step") or 1) != 0
 
 
 def _check(hf: HFConfig) -> None:
-    decoder.check(hf)
+    decoder.check_grouped(hf)
     if not _num_experts(hf):
         raise UnsupportedModelError("num_experts is missing for model_type qwen3_moe")
     mixture.check(hf, num_experts=_num_experts(hf))
@@ -49,7 +50,16 @@ def _layer_weights(hf: HFConfig, layer: int) -> list[Weight]:
 FAMILY = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    required_keys=(*decoder.REQUIRED_KEYS, "moe_intermediate_size", "num_experts_per_tok"),
+    keys={
+        **decoder.KEYS,
+        **mixture.KEYS,
+        "moe_intermediate_size": Whole(decoder.MAX_WIDTH),
+        "num_experts": Whole(decoder.MAX_EXPERTS, required=False),
+        "num_local_experts": Whole(decoder.MAX_EXPERTS, required=False),
+        "norm_topk_prob": FLAG,
+        "mlp_only_layers": NUMBERS,
+        "decoder_sparse_step": Whole(decoder.MAX_LAYERS, required=False),
+    },
     check=_check,
     transformer_config=_transformer_config,
     gpt_model=decoder.gpt_model,
