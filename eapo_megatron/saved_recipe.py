@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,14 @@ def read_saved_recipe(path: Path) -> Recipe:
 
 
 def check_run_folder(recipe: Recipe) -> None:
-    """Whether the run folder is new or holds this very experiment.
+    """Whether the run folder can be written, and is new or holds this very experiment.
 
     Raises:
         RecipeError: naming the first key that differs, or one that today's schema does not know.
     """
+    there = next(folder for folder in (recipe.run_folder, *recipe.run_folder.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"logging.run_dir {recipe.logging.run_dir}: {there} is not a folder that can be written")
     path = recipe.run_folder / RECIPE_FILE
     if not path.is_file():
         return

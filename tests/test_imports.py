@@ -26,6 +26,7 @@ FLOORS = (
         "recipe_keys",
         "saved_recipe",
         "durable",
+        "failures",
         "stopping",
         "megatron_compat",
     },
