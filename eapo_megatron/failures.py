@@ -12,8 +12,10 @@ import time
 import traceback
 from pathlib import Path
 
+from eapo_megatron.config import RecipeError
+
 STARTED = time.time()
-_LONGEST = 500  # characters of a line
+_LONGEST = 300  # characters of what an unforeseen exception says
 
 
 def report_failure(error: BaseException, folder: Path | None = None, *, rank: int = 0) -> None:
@@ -38,16 +40,18 @@ def report_failure(error: BaseException, folder: Path | None = None, *, rank: in
 
 
 def described(error: BaseException) -> str:
-    """An exception in words: the system's own with their path, others with the name of their class."""
+    """An exception in words: the system's own with their path, unforeseen ones with the name of their class."""
+    if isinstance(error, RecipeError):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return f"{type(error).__name__}: {error}"
+    words = str(error)
+    return f"{type(error).__name__}: {words if len(words) <= _LONGEST else words[:_LONGEST] + '...'}"
 
 
 def print_error(message: str) -> None:
     """One line on stderr."""
-    line = " ".join(message.split())
-    print(f"error: {line if len(line) <= _LONGEST else line[:_LONGEST] + '...'}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _temporary_log(trace: str) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from eapo_megatron.config import Recipe, RecipeError
+from eapo_megatron.failures import print_error
 from eapo_megatron.stopping import EXIT_INTERRUPTED, STOP_SIGNALS, end_with_parent
 
 
@@ -56,8 +57,8 @@ def _number(
     text = environment.get(name, default)
     if text is None:
         raise RecipeError(f"{name} is not set: launchers set it for every rank")
-    if not (text.isascii() and text.isdigit() and low <= int(text[:11]) <= high):
-        raise RecipeError(f"{name} must be a whole number from {low} to {high}, got {text!r}")
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high):
+        raise RecipeError(f"{name} must be a whole number from {low} to {high}, got {text[:20]!r}")
     return int(text)
 
 
@@ -136,8 +137,10 @@ def _exit_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits for the first failure, or for all: interrupted ranks have agreed on it."""
     while True:
         codes = [rank.poll() for rank in ranks]
-        for code in codes:
+        for rank, code in enumerate(codes):
             if code and code != EXIT_INTERRUPTED:
+                if code < 0:  # it could not say so itself: out of memory, most often
+                    print_error(f"rank {rank} was ended by {signal.Signals(-code).name}")
                 return code if code > 0 else 128 - code
         if None not in codes:
             return max(code for code in codes if code is not None)

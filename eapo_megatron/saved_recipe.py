@@ -48,9 +48,7 @@ def check_run_folder(recipe: Recipe) -> None:
     Raises:
         RecipeError: naming the first key that differs, or one that today's schema does not know.
     """
-    there = next(folder for folder in (recipe.run_folder, *recipe.run_folder.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"logging.run_dir {recipe.logging.run_dir}: {there} is not a folder that can be written")
+    _check_writable(recipe)
     path = recipe.run_folder / RECIPE_FILE
     if not path.is_file():
         return
@@ -59,6 +57,16 @@ def check_run_folder(recipe: Recipe) -> None:
             f"run folder {recipe.run_folder} holds another experiment: {key} was {before!r} there and is {now!r} here; "
             "give this run another name"
         )
+
+
+def _check_writable(recipe: Recipe) -> None:
+    named = f"logging.run_dir {recipe.logging.run_dir}"
+    try:
+        there = next(folder for folder in (recipe.run_folder, *recipe.run_folder.parents) if folder.exists())
+    except OSError as error:
+        raise RecipeError(f"{named}: {error.strerror}") from error
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"{named}: {there} is not a folder that can be written")
 
 
 def experiment(recipe: Recipe) -> dict[str, Any]:

@@ -158,6 +158,7 @@ OVERRIDES = [
     refused("name=" + "a" * 129, says="name: "),
     refused("logging.run_dir=r.yaml", says="logging.run_dir r.yaml"),
     refused("logging.run_dir=r.yaml/below", says="logging.run_dir r.yaml/below"),
+    refused("logging.run_dir=" + "a" * 300, says="logging.run_dir aaa"),
     refused("data.layout=math", "data.format=math", says="data.layout is the old name of data.format"),
 ]
 

@@ -1,4 +1,4 @@
-"""What nothing foresaw: one line on stderr, the traceback in a log, exit code 1; a full disk leaves nothing half done."""
+"""What nothing foresaw: one line, exit code 1, the traceback in a log; a full disk leaves nothing half done."""
 
 from __future__ import annotations
 
