@@ -9,23 +9,26 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from omegaconf import OmegaConf
 
 from eapo_megatron.config import Recipe, RecipeError
-from eapo_megatron.launcher import rank_environment, run_local_ranks
+from eapo_megatron.failures import described, print_error, report_failure
+from eapo_megatron.launcher import check_devices, rank_environment, run_local_ranks
 from eapo_megatron.recipe_files import built_in_recipes, copy_recipe, load_recipe
 from eapo_megatron.slurm import job_folder, job_script, submit_job
 from eapo_megatron.stopping import StopRequest
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
-convert = typer.Typer(no_args_is_help=True, help="Checkpoints to Hugging Face's format and back, in one process.")
+convert = typer.Typer(help="Checkpoints to Hugging Face's format and back, in one process.")
 app.add_typer(convert, name="convert")
 
+UsageError = typer.BadParameter.__base__  # click's, or that of typer's own copy of click
 GIB = 2**30
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -47,17 +50,18 @@ def train(
     run finishes its step, saves a checkpoint and exits with code 75.
     """
     overrides = overrides or []
+    if not dry_run and (environment := rank_environment(os.environ)) is not None:
+        os.environ.update(environment)
+        with _first_of_node_speaks():
+            _train_rank(load_recipe(recipe, overrides), source=recipe)
+        return
     settings = load_recipe(recipe, overrides)
     if dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json"))), end="")
         return
-    environment = rank_environment(os.environ)
-    if environment is not None:
-        os.environ.update(environment)
-        _train_rank(settings, source=recipe)
-        return
     if settings.cluster.num_nodes > 1:
         raise RecipeError(f"{recipe}: cluster.num_nodes {settings.cluster.num_nodes} needs srun or torchrun")
+    check_devices(settings)
     _prepare(settings, settings.cluster.world_size, source=recipe)
     raise typer.Exit(run_local_ranks(settings.cluster.world_size, ["train", recipe, *overrides]))
 
@@ -156,6 +160,8 @@ def convert_to_hf(
     """Writes a Hugging Face folder from a checkpoint of this project, Megatron-LM or NeMo 2."""
     from eapo_megatron.weights.convert import to_hf  # torch: seconds
 
+    if not isfinite(max_shard_size):
+        raise RecipeError(f"--max-shard-size must be a finite number, got {max_shard_size}")
     with _whole_or_nothing(out):
         to_hf(source, out, config=config, dtype=_dtype(dtype), max_shard_bytes=int(max_shard_size * GIB))
 
@@ -202,8 +208,19 @@ def _whole_or_nothing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        print(f"error: {out} was not written: {error}", file=sys.stderr)
+        print_error(f"{out} was not written: {error}")
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def _first_of_node_speaks() -> Iterator[None]:
+    """All ranks of a node find the same mistake."""
+    try:
+        yield
+    except RecipeError as error:
+        if os.environ["LOCAL_RANK"] == "0":
+            raise
+        raise typer.Exit(2) from error
 
 
 def _prepare(settings: Recipe, world_size: int, *, source: str):  # type: ignore[no-untyped-def]
@@ -214,10 +231,27 @@ def _prepare(settings: Recipe, world_size: int, *, source: str):  # type: ignore
 
 def _train_rank(settings: Recipe, *, source: str) -> None:
     stop_request = StopRequest()
-    ingredients = _prepare(settings, int(os.environ["WORLD_SIZE"]), source=source)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cluster = settings.cluster
+    if world_size != cluster.world_size:
+        raise RecipeError(
+            f"WORLD_SIZE {world_size} is not the recipe's world: cluster.num_nodes {cluster.num_nodes} x "
+            f"gpus_per_node {cluster.gpus_per_node} = {cluster.world_size}"
+        )
+    check_devices(settings, int(os.environ["LOCAL_RANK"]))
+    ingredients = _prepare(settings, world_size, source=source)
     # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
+    try:
+        _run(settings, ingredients, stop_request)
+    except (typer.Exit, KeyboardInterrupt):
+        raise
+    except Exception as error:  # of this rank alone, perhaps: the others wait for it
+        report_failure(error, settings.run_folder / "errors", rank=rank)
+        raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from error
 
+
+def _run(settings: Recipe, ingredients: Any, stop_request: StopRequest) -> None:
     from eapo_megatron.policy.runtime import start_runtime, stop_runtime  # megatron: seconds
     from eapo_megatron.training.loop import train as train_run
     from eapo_megatron.training.session import InterruptedRunError, TrainingStoppedError, open_run
@@ -242,13 +276,25 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a wrong recipe, or what it points at, is one line and exit code 2."""
+    """Runs the command line. What goes wrong is one line: exit code 2 for bad input, 1 for everything else."""
     try:
-        app()
+        code = app(prog_name="eapo-megatron", standalone_mode=False)
+        sys.stdout.flush()
     except RecipeError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        print_error(str(error))
+        code = 2
+    except UsageError as error:
+        print_error(f"{error.format_message()} ({error.ctx.command_path if error.ctx else 'eapo-megatron'} --help)")
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        print_error(described(error))
+        code = 1
+    except Exception as error:
+        report_failure(error)
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 if TYPE_CHECKING:
     from eapo_megatron import algorithms
 
 GPUS = Literal["a100-40gb", "a100-80gb", "a800-80gb", "h100-80gb", "h800-80gb", "h200-141gb", "b200-180gb", "l40s-48gb"]
+LARGEST = 2**31 - 1  # of any whole number in a recipe: more is a slip, and would not fit where tensors hold it
 
 
 class RecipeError(ValueError):
@@ -25,19 +26,40 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what YAML and Python would let pass: true for 1, a NUL character in a text."""
+        assert info.field_name is not None
+        if cls.model_fields[info.field_name].annotation is not bool:
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, bool):
+                    raise ValueError(f"must not be {str(part).lower()}")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("must not hold a NUL character")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _in_bounds(cls, value: Any) -> Any:
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > LARGEST:
+                raise ValueError(f"whole numbers must be at most {LARGEST} in size, got {number}")
+        return value
+
 
 class Cluster(Section):
     """Where the run goes: ranks = num_nodes x gpus_per_node (on CPU: processes a node)."""
 
-    num_nodes: int = Field(1, ge=1)
+    num_nodes: int = Field(1, ge=1, le=100_000)
     """Machines in the run."""
-    gpus_per_node: int = Field(1, ge=1)
+    gpus_per_node: int = Field(1, ge=1, le=1024)
     """Ranks on each node; on CPU, processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the ranks compute; auto: on the GPUs that PyTorch sees, else on the CPU."""
     gpu: GPUS | None = None
     """The GPU whose memory `plan` judges by; null: no verdict."""
-    timeout_minutes: float = Field(30.0, gt=0)
+    timeout_minutes: float = Field(30.0, gt=0, le=1_000_000)
     """Minutes that a collective may wait for a rank; then the run ends, its checkpoints intact."""
 
     @property
@@ -52,6 +74,12 @@ class Head(Section):
     """triton and tiles never hold logits, logits does; null: triton on NVIDIA GPUs, tiles elsewhere."""
     grad_filter: float = Field(0.0, ge=0, lt=1)
     """Softmax mass of a token (a fraction) that the head's backward may leave out; 0: exact."""
+
+    @model_validator(mode="after")
+    def _filter(self) -> Head:
+        if self.grad_filter > 0 and self.backend == "logits":
+            raise ValueError("grad_filter needs backend tiles or triton")
+        return self
 
 
 class Model(Section):
@@ -70,6 +98,15 @@ class Model(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward to save memory: none, those of attention's core, or every layer's."""
     head: Head = Head()
+
+    @field_validator("architecture")
+    @classmethod
+    def _not_absurd(cls, architecture: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key, number in (architecture or {}).items():
+            most = 10_000 if key == "num_hidden_layers" else LARGEST
+            if isinstance(number, int) and number > most:
+                raise ValueError(f"{key} must be at most {most}, got {number}")
+        return architecture
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
@@ -130,14 +167,21 @@ class Parallel(Section):
 class Arithmetic(Section):
     """The built-in task: sums of `num_terms` numbers of 1 to `max_term`."""
 
-    train_size: int = Field(4096, ge=1)
+    train_size: int = Field(4096, ge=1, le=10_000_000)
     """Sums to train on."""
-    held_out_size: int = Field(256, ge=1)
+    held_out_size: int = Field(256, ge=1, le=10_000_000)
     """Sums to evaluate on; none is a training sum, in any order of its terms."""
     num_terms: list[int] = [3, 4]
     """Numbers of terms, each at least 2; the sums take turns among them."""
-    max_term: int = Field(20, ge=1)
+    max_term: int = Field(20, ge=1, le=1_000_000)
     """Largest term; the smallest is 1."""
+
+    @field_validator("num_terms")
+    @classmethod
+    def _sums(cls, num_terms: list[int]) -> list[int]:
+        if not num_terms or len(set(num_terms)) < len(num_terms) or not all(2 <= count <= 100 for count in num_terms):
+            raise ValueError(f"must be different numbers from 2 to 100, got {num_terms}")
+        return num_terms
 
 
 class Data(Section):
@@ -182,11 +226,11 @@ class Rollout(Section):
 
     engine: str = "megatron"
     """What samples responses; megatron: the training policy itself."""
-    num_generations_per_prompt: int = Field(8, ge=1)
+    num_generations_per_prompt: int = Field(8, ge=1, le=65_536)
     """Responses to each prompt, the group of the group estimators."""
     max_response_tokens: int = Field(3072, ge=1)
     """Longest response in tokens; longer ones are cut."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1e-4, le=1e4)
     """Divides the logits before sampling; log-probs and entropies of training are at the same temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Samples from the most probable tokens of this total probability; 1: from all."""
@@ -203,9 +247,9 @@ class Reward(Section):
 
     function: str = "math"
     """math (math-verify), or package.module:function of (response, answer) that returns a number."""
-    num_workers: int = Field(4, ge=1)
+    num_workers: int = Field(4, ge=1, le=1024)
     """Verifier processes on each model replica."""
-    timeout_seconds: float = Field(10.0, gt=0)
+    timeout_seconds: float = Field(10.0, gt=0, le=1_000_000)
     """Seconds for one response; one that takes longer counts as wrong, or has no verdict from a function of yours."""
     positive_threshold: float = 0.0
     """Reward above which a response counts as correct; 0 separates +1 from -1, and 1 from 0."""
@@ -259,7 +303,7 @@ class Optimizer(Section):
 
     name: Literal["adam", "sgd"] = "adam"
     """adam is AdamW: weight decay is decoupled."""
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0, le=1000)
     """Highest learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the decay."""
@@ -273,11 +317,11 @@ class Optimizer(Section):
     """Decay of Adam's average of gradients, per optimizer step."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     """Decay of Adam's average of squared gradients, per optimizer step."""
-    adam_eps: float = Field(1e-8, gt=0)
+    adam_eps: float = Field(1e-8, gt=0, le=1)
     """Added to the denominator of Adam's update."""
     sgd_momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum of sgd, per optimizer step."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, le=1000)
     """Weight decay, times the learning rate, of all weights but norms and biases."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest norm of the gradient over all weights; 0: no clipping."""
@@ -298,7 +342,7 @@ class Train(Section):
 
     steps: int = Field(100, ge=0)
     """Steps of the run; each samples once and trains on what was sampled."""
-    num_prompts_per_step: int = Field(64, ge=1)
+    num_prompts_per_step: int = Field(64, ge=1, le=1_000_000)
     """Prompts sampled in each step, over all ranks."""
     mini_batch_prompts: int = Field(32, ge=1)
     """Prompts of one optimizer step, with all their responses, over all ranks."""
@@ -313,9 +357,9 @@ class WarmStart(Section):
 
     steps: int = Field(0, ge=0)
     """Optimizer steps on written solutions; 0: no warm start."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=1_000_000)
     """Solutions in one optimizer step, over all ranks."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, le=1000)
     """Highest learning rate; it decays by a cosine to 0."""
     lr_warmup_steps: int = Field(10, ge=0)
     """Optimizer steps of linear warm-up."""
@@ -328,9 +372,9 @@ class Evaluation(Section):
     """Steps between evaluations; 0: only at the start and the end."""
     num_prompts: int | None = Field(None, ge=1)
     """Held-out prompts, the first ones of the file; null: all."""
-    num_generations_per_prompt: int = Field(1, ge=1)
+    num_generations_per_prompt: int = Field(1, ge=1, le=65_536)
     """Responses to each held-out prompt."""
-    temperature: float = Field(0.6, gt=0)
+    temperature: float = Field(0.6, ge=1e-4, le=1e4)
     """Divides the logits before sampling."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Samples from the most probable tokens of this total probability; 1: from all."""
@@ -365,7 +409,7 @@ class Logging(Section):
 class Recipe(Section):
     """One run: the top level of a recipe."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     """Name of the run and of its folder; left out: the name of the recipe file."""
     seed: int = Field(1234, ge=0, lt=2**31)
     """Of random weights, the order of prompts and every sample."""

@@ -21,11 +21,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    try:
+    with removed_on_error(unfinished):
         yield unfinished
         publish(unfinished, folder)
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Removes the folder when the block that writes into it fails: a full disk has room again."""
+    try:
+        yield
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

@@ -8,6 +8,9 @@ and the key.
 from __future__ import annotations
 
 import difflib
+import io
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,10 @@ from eapo_megatron.config import Recipe, RecipeError
 BUILT_IN = Path(__file__).parent / "recipes"
 RENAMED = {"data.layout": "data.format"}  # keys of older recipes: their names of today
 
+_OVERRIDE = re.compile(r"[\w-]+(\.[\w-]+)*=.*", re.DOTALL)
+_MAX_VALUES = 10_000  # in a file, with every alias written out
+_NOT_READ = (OmegaConfBaseException, yaml.YAMLError, RecursionError)
+
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, found by `find_recipe`, with its parents and dotted overrides.
@@ -31,15 +38,11 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(recipe)
     settings = _read_with_parents(path, seen=())
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise RecipeError(f"override {override!r} is not of the form key.path=value")
+    given = rename_keys(_read_overrides(overrides), RENAMED, source=str(path))
     try:
-        given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-        merged = OmegaConf.merge(settings, rename_keys(given, RENAMED, source=str(path)))
-        container = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: {_first_line(error)}") from error
+        container = OmegaConf.to_container(OmegaConf.create(_merged(settings, given)), resolve=True)
+    except _NOT_READ as error:
+        raise RecipeError(f"{path}: {_sentence(error)}") from error
     assert isinstance(container, dict)
     container.setdefault("name", path.stem)
     return parse_recipe({str(key): value for key, value in container.items()}, source=str(path))
@@ -56,7 +59,7 @@ def find_recipe(name: str | Path, *, folder: Path = Path(), what: str = "recipe"
     if Path(file).name == file:
         places.append(BUILT_IN / file)
     for path in places:
-        if path.is_file():
+        if os.path.isfile(path):  # whatever the name: Path.is_file raises for one that is too long
             return path
     stem, known = Path(file).name.removesuffix(".yaml"), list(built_in_recipes())
     close = [known_name for known_name in known if stem in known_name] or difflib.get_close_matches(stem, known)
@@ -78,8 +81,10 @@ def copy_recipe(name: str, destination: Path) -> Path:
     Raises:
         RecipeError: when there is no such recipe, or the file is there already or cannot be written.
     """
+    if Path(name).name != name:
+        raise RecipeError(f"recipe {name} is a path: --copy takes the name of a built-in recipe")
     source = find_recipe(name, folder=BUILT_IN)
-    path = destination / source.name if destination.is_dir() else destination
+    path = destination / source.name if os.path.isdir(destination) else destination
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(source.read_text(encoding="utf-8"))
@@ -127,20 +132,64 @@ def rename_keys(settings: Any, renamed: Mapping[str, str], *, source: str) -> An
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> Any:
     if path.resolve() in seen:
         raise RecipeError(f"{path}: defaults form a circle")
-    try:
-        settings = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {_first_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    settings = _read_file(path)
     rename_keys(settings, RENAMED, source=str(path))
     parent = settings.pop("defaults", None)
     if parent is None:
         return settings
     if not isinstance(parent, str):
-        raise RecipeError(f"{path}: defaults must name one parent recipe")
+        raise RecipeError(f"{path}: defaults must name one parent recipe, got {_shown(parent)}")
     parent_path = find_recipe(parent, folder=path.parent, what=f"{path}: defaults")
-    return OmegaConf.merge(_read_with_parents(parent_path, (*seen, path.resolve())), settings)
+    return _merged(_read_with_parents(parent_path, (*seen, path.resolve())), settings)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """`above` over `below`, key by key where both are mappings."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
+
+
+def _read_file(path: Path) -> dict[Any, Any]:
+    """The keys and values of one file, interpolations as they stand."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode | None):
+            raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+        if root is not None and _num_values(root, {}) > _MAX_VALUES:
+            raise RecipeError(f"{path}: its aliases stand for more than {_MAX_VALUES} values")
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))  # type: ignore[return-value]
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not a text file: {error.reason} at byte {error.start}") from error
+    except _NOT_READ as error:
+        raise RecipeError(f"{path}: not valid YAML: {_sentence(error)}") from error
+
+
+def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for; aliases are nodes that are met again."""
+    if id(node) not in known:
+        known[id(node)] = 1  # within itself
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            parts = [value for _, value in parts]
+        known[id(node)] += sum(_num_values(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _read_overrides(overrides: Sequence[str]) -> Any:
+    """`key.path=value` of the command line as nested settings."""
+    for override in overrides:
+        if not _OVERRIDE.fullmatch(override):
+            raise RecipeError(f"override {override!r} is not of the form key.path=value")
+        try:
+            OmegaConf.from_dotlist([override])
+        except _NOT_READ as error:
+            raise RecipeError(f"override {override!r}: {_sentence(error)}") from error
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except (*_NOT_READ, TypeError) as error:
+        raise RecipeError(f"overrides {' '.join(overrides)} contradict one another: {_sentence(error)}") from error
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -159,8 +208,19 @@ def _first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {_shown(problem['input'])}"
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _shown(value: Any) -> str:
+    """A value in an error, cut short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _sentence(error: Exception) -> str:
+    """What OmegaConf, YAML or Python says in one line, after the key where it is known."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply, or refers to itself"
+    key, message = getattr(error, "full_key", None), str(getattr(error, "msg", None) or error)
+    words = " ".join(message.split("full_key:")[0].split())
+    return f"{key}: {words}" if key else words

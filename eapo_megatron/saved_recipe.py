@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,12 @@ def read_saved_recipe(path: Path) -> Recipe:
 
 
 def check_run_folder(recipe: Recipe) -> None:
-    """Whether the run folder is new or holds this very experiment.
+    """Whether the run folder can be written, and is new or holds this very experiment.
 
     Raises:
         RecipeError: naming the first key that differs, or one that today's schema does not know.
     """
+    _check_writable(recipe)
     path = recipe.run_folder / RECIPE_FILE
     if not path.is_file():
         return
@@ -55,6 +57,16 @@ def check_run_folder(recipe: Recipe) -> None:
             f"run folder {recipe.run_folder} holds another experiment: {key} was {before!r} there and is {now!r} here; "
             "give this run another name"
         )
+
+
+def _check_writable(recipe: Recipe) -> None:
+    named = f"logging.run_dir {recipe.logging.run_dir}"
+    try:
+        there = next(folder for folder in (recipe.run_folder, *recipe.run_folder.parents) if folder.exists())
+    except OSError as error:
+        raise RecipeError(f"{named}: {error.strerror}") from error
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"{named}: {there} is not a folder that can be written")
 
 
 def experiment(recipe: Recipe) -> dict[str, Any]:

@@ -35,6 +35,9 @@ def job_script(
     arguments: the recipe's file and its overrides
     options: further sbatch options, `--name=value` or `--name`; they win over the script's own
     environment: CONTAINER and MOUNTS are kept in the script
+
+    Raises:
+        RecipeError: for what would begin a new line of the script.
     """
     cluster, folder = recipe.cluster, job_folder(recipe)
     asked = [
@@ -50,6 +53,9 @@ def job_script(
         variables |= {name: environment[name] for name in ("CONTAINER", "MOUNTS") if name in environment}
     else:
         variables["PYTHON"] = sys.executable
+    for text in (*asked, *options, *arguments, *variables.values()):
+        if any(character in text for character in "\n\r\0"):
+            raise RecipeError(f"{text!r} holds a line break or NUL, which a job's script cannot hold")
     header, body = TEMPLATE.read_text(encoding="utf-8").split("\n\n", 1)
     lines = [
         header,

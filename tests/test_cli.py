@@ -99,13 +99,12 @@ def test_keys_without_a_terminal_are_lines_of_four_cells() -> None:
 def test_ranks_are_found_in_the_environment() -> None:
     assert rank_environment({}) is None
     assert rank_environment({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
-    assert rank_environment({"RANK": "1", "WORLD_SIZE": "2"}) == {}
+    address = {"MASTER_ADDR": "node1"}
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1234", **address}
+    assert rank_environment({**torchrun, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == torchrun
     slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
     with pytest.raises(RecipeError, match="MASTER_ADDR"):
         rank_environment(slurm)
-    assert rank_environment({**slurm, "MASTER_ADDR": "node1"}) == {
-        "RANK": "3",
-        "WORLD_SIZE": "4",
-        "LOCAL_RANK": "1",
-        "MASTER_PORT": "29500",
-    }
+    ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **address}
+    assert rank_environment({**slurm, **address}) == {**ranks, "MASTER_PORT": "29500"}
+    assert rank_environment({**slurm, **address, "MASTER_PORT": "1234"}) == {**ranks, "MASTER_PORT": "1234"}

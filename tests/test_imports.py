@@ -27,6 +27,7 @@ FLOORS = (
         "saved_recipe",
         "durable",
         "reading",
+        "failures",
         "stopping",
         "megatron_compat",
     },

@@ -42,7 +42,7 @@ def test_every_key_of_a_recipe_is_listed() -> None:
         ("data.arithmetic.num_terms", "list of int", "[3, 4]"),
         ("data.suffix", "str", '""'),
         ("rollout.top_p", "float > 0 and <= 1", "1.0"),
-        ("optimizer.lr", "float > 0", "1e-06"),
+        ("optimizer.lr", "float > 0 and <= 1000", "1e-06"),
         ("logging.tensorboard", "bool", "true"),
     ],
 )

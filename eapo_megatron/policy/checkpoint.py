@@ -23,7 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from eapo_megatron.config import RecipeError
-from eapo_megatron.durable import publish, write_json
+from eapo_megatron.durable import publish, removed_on_error, write_json
 from eapo_megatron.megatron_compat.replacements import (
     SAVE_IN_PROCESS,
     STEPS_KEPT_ON_LOAD,
@@ -86,10 +86,11 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             unfinished.mkdir()
         dist.barrier()
-        _save_tensors(unfinished, _sharded_state(policy, optimizer) | {"schedule": schedule.state_dict()})
-        (unfinished / "rng").mkdir(exist_ok=True)
-        torch.save(rng_state(), unfinished / "rng" / f"{policy.runtime.rank}.pt")
-        dist.barrier()
+        with removed_on_error(unfinished):
+            _save_tensors(unfinished, _sharded_state(policy, optimizer) | {"schedule": schedule.state_dict()})
+            (unfinished / "rng").mkdir(exist_ok=True)
+            torch.save(rng_state(), unfinished / "rng" / f"{policy.runtime.rank}.pt")
+            dist.barrier()
         if policy.runtime.is_main:
             state = {"version": STATE_VERSION, **state, "step": step, "world_size": policy.runtime.world_size}
             write_json(unfinished / STATE_FILE, state)
@@ -133,7 +134,8 @@ def save_weights(folder: Path, policy: Policy) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    _save_tensors(unfinished, _model_state(policy))
+    with removed_on_error(unfinished):
+        _save_tensors(unfinished, _model_state(policy))
     if policy.runtime.is_main:
         publish(unfinished, folder)
     dist.barrier()

@@ -1,0 +1,63 @@
+"""The last resort: an exception that nothing foresaw becomes one line for the user and a log with its traceback.
+
+Of the ranks that fail together one speaks: the first to write its log since this process started.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from eapo_megatron.config import RecipeError
+
+STARTED = time.time()
+_LONGEST = 300  # characters of what an unforeseen exception says
+
+
+def report_failure(error: BaseException, folder: Path | None = None, *, rank: int = 0) -> None:
+    """Logs the traceback in `folder`/rank-R.log and prints `error: WHAT (traceback in LOG)`, if no other rank has.
+
+    The log is a temporary file where there is no folder, or none can be written, which may be what failed.
+    """
+    trace = "".join(traceback.format_exception(error))
+    try:
+        if folder is None:
+            raise FileNotFoundError("no run folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            is_first = all(log.stat().st_mtime < STARTED for log in folder.glob("rank-*.log"))
+            log = folder / f"rank-{rank}.log"
+            log.write_text(trace, encoding="utf-8")
+            if is_first:
+                print_error(f"{described(error)} (traceback in {log})")
+    except OSError:
+        print_error(f"{described(error)}{_temporary_log(trace)}")
+
+
+def described(error: BaseException) -> str:
+    """An exception in words: the system's own with their path, unforeseen ones with the name of their class."""
+    if isinstance(error, RecipeError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    words = str(error)
+    return f"{type(error).__name__}: {words if len(words) <= _LONGEST else words[:_LONGEST] + '...'}"
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _temporary_log(trace: str) -> str:
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="eapo_megatron-", suffix=".log", delete=False) as file:
+            file.write(trace)
+    except OSError:
+        return ""
+    return f" (traceback in {file.name})"
