@@ -195,8 +195,7 @@ class Data(Section):
     validation_path: str | None = None
     """Held-out prompts, in the same format; null: none, and no evaluation."""
     format: Literal["math", "gsm8k", "verl", "nemo_rl"] = "math"
-    """Fields of a record; math: problem, answer; gsm8k: question, answer (a solution that ends in #### RESULT); verl
-    (and DAPO-Math-17k): prompt, reward_model.ground_truth; nemo_rl: messages, the last of which is the answer."""
+    """Fields of a record: math, problem and answer; gsm8k, question and answer; verl and nemo_rl, theirs."""
     prompt_field: str | None = None
     """Field with the problem, text or chat messages; a dotted path reaches inside; null: the format's own."""
     answer_field: str | None = None

@@ -195,7 +195,7 @@ def _read_overrides(overrides: Sequence[str]) -> Any:
 def _first_problem(error: ValidationError) -> str:
     """pydantic's first error as `key: what is wrong`."""
     problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"]]
+    location = [part for part in problem["loc"] if isinstance(part, str)]  # without the places in a list
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         section: Any = Recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from eapo_megatron.data.examples import Example, Message
 from eapo_megatron.data.record_files import DataError
@@ -108,7 +108,7 @@ def _chat(example: Example, tokenizer: PreTrainedTokenizerBase, *, system_prompt
     if system_prompt is not None:
         own = [message for message in before if message["role"] != "system"]
         before = [{"role": "system", "content": system_prompt}, *own]
-    messages = [*before, {"role": last["role"], "content": last["content"] + suffix}]
+    messages: list[Any] = [*before, {"role": last["role"], "content": last["content"] + suffix}]
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # whatever a template, which is a program of the model's authors, may raise

@@ -105,8 +105,11 @@ def _prompts(
     if data.task == "arithmetic":
         task = data.arithmetic
         options: dict[str, Any] = {"seed": recipe.seed, "num_terms": task.num_terms, "max_term": task.max_term}
-        loaded["train"] = LoadedExamples(arithmetic_examples("train", size=task.train_size, **options), {})
-        held_out = arithmetic_examples("held_out", size=task.held_out_size, **options)
+        try:
+            loaded["train"] = LoadedExamples(arithmetic_examples("train", size=task.train_size, **options), {})
+            held_out = arithmetic_examples("held_out", size=task.held_out_size, **options)
+        except ValueError as error:
+            raise RecipeError(f"data.arithmetic: {error}") from error
         loaded["evaluation"] = LoadedExamples(held_out, {})
     else:
         for split, path in (("train", data.train_path), ("evaluation", data.validation_path)):

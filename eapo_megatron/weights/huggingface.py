@@ -111,8 +111,8 @@ class HuggingFaceWeights:
 
     def _check_tied_head(self) -> None:
         """Whether the head beside a tied embedding is its copy."""
-        infos = [tensor_infos(self._files[name]).get(name) for name in (HEAD, EMBEDDING)]
-        if all(info is not None and info.dtype in FLOATS for info in infos) and infos[0].shape == infos[1].shape:
+        ours, theirs = (tensor_infos(self._files[name]).get(name) for name in (HEAD, EMBEDDING))
+        if ours and theirs and ours.shape == theirs.shape and {ours.dtype, theirs.dtype} <= {*FLOATS}:
             head, embedding = self.read(HEAD), self.read(EMBEDDING)
             dtype = torch.promote_types(head.dtype, embedding.dtype)
             if torch.equal(head.to(dtype), embedding.to(dtype)):

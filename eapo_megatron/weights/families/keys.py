@@ -76,7 +76,7 @@ class Of:
     def allows(self, value: Any) -> bool:
         if type(value) is not self.kind:
             return False
-        return self.elements is None or all(type(element) is self.elements for element in value)
+        return not isinstance(value, list) or all(type(element) is self.elements for element in value)
 
 
 FLAG = Of(bool, "true or false")
