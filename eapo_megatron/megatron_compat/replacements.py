@@ -107,8 +107,9 @@ def replaced(replacements: Sequence[Replacement]) -> Iterator[None]:
         entry.check()
     with ExitStack() as undoing:
         for entry in replacements:
-            undoing.callback(entry.undo, vars(entry.owner).get(entry.name, _ABSENT))
+            before = vars(entry.owner).get(entry.name, _ABSENT)
             entry.put()
+            undoing.callback(entry.undo, before)
         yield
 
 

@@ -158,8 +158,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores what `rng_state` returned."""
+    """Restores what `rng_state` returned; of another kind of device, torch's alone: the others do not fit."""
     torch.set_rng_state(state["torch"])
+    if ("cuda" in state) == runs_on_cpu():
+        return
     megatron_random.get_cuda_rng_tracker().set_states(state["tracker"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

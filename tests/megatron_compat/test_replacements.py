@@ -155,6 +155,7 @@ def test_a_policy_trains_on_the_cpu_of_a_machine_with_a_gpu(tmp_path: Path) -> N
             "float32, Adam, distributed optimizer": resumed,
         },
         "rng": ["torch", "tracker"],
+        "tracker kept": dict.fromkeys(("model-parallel-rng", "expert-parallel-rng", "data-parallel-rng"), True),
     }
 
 

@@ -40,7 +40,7 @@ from eapo_megatron.policy.batching import TokenData  # noqa: E402
 from eapo_megatron.policy.checkpoint import Checkpoints  # noqa: E402
 from eapo_megatron.policy.optimizer import build_optimizer  # noqa: E402
 from eapo_megatron.policy.policy_model import build_policy  # noqa: E402
-from eapo_megatron.policy.runtime import Runtime, rng_state, start_runtime, stop_runtime  # noqa: E402
+from eapo_megatron.policy.runtime import Runtime, rng_state, set_rng_state, start_runtime, stop_runtime  # noqa: E402
 from eapo_megatron.policy.worker import PolicyWorker  # noqa: E402
 from eapo_megatron.weights.huggingface import RandomWeights  # noqa: E402
 from eapo_megatron.weights.load import load_weights  # noqa: E402
@@ -87,7 +87,11 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     runtime = start_runtime(Parallel(), seed=1, device="cpu")
     results: dict[str, Any] = {name: measure(name, runtime, folder) for name in CASES}
-    print(json.dumps({"steps": results, "rng": sorted(rng_state())}))
+    states = rng_state()
+    of_a_gpu = torch.arange(16, dtype=torch.uint8)
+    set_rng_state({"torch": states["torch"], "tracker": {"model-parallel-rng": of_a_gpu}, "cuda": of_a_gpu})
+    kept = {name: torch.equal(value, states["tracker"][name]) for name, value in rng_state()["tracker"].items()}
+    print(json.dumps({"steps": results, "rng": sorted(states), "tracker kept": kept}))
     stop_runtime()
 
 
