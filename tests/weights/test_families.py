@@ -174,6 +174,7 @@ QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddin
         {"mscale": 0.7, "mscale_all_dim": 0.0},
         {"mscale": 0.7},
         {"beta_fast": 8, "beta_slow": 2.0, "truncate": False},
+        {"beta_fast": 8, "truncate": None, "rope_theta": 500},
         {"beta_fast": 2.0, "beta_slow": 2.0, "factor": 40, "original_max_position_embeddings": 64},
     ],
 )
@@ -301,7 +302,14 @@ def test_values_of_a_wrong_type_in_mixtures(changes: dict[str, Any], sentence: s
     assert refusal(CONFIGS["qwen3_moe"] | changes).startswith(sentence)
 
 
-@pytest.mark.parametrize("given", [{"rope_theta": 7e4}, {"rope_parameters": {"rope_theta": 7e4}}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_theta": 7e4},
+        {"rope_parameters": {"rope_theta": 7e4}},
+        {"rope_theta": 7e4, "rope_parameters": {"rope_theta": None}},
+    ],
+)
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_plain_rotary_base(model_type: str, given: dict[str, Any]) -> None:
     config = {key: value for key, value in CONFIGS[model_type].items() if not key.startswith("rope")} | given

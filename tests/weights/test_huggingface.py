@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from eapo_megatron.config import Model, RecipeError
 from eapo_megatron.weights.convert import from_hf
 from eapo_megatron.weights.huggingface import HuggingFaceWeights, RandomWeights, hf_config_of, weight_source
+from eapo_megatron.weights.tensor_files import tensor_infos
 from hf_reference import tensors_of, tiny_model
 from layouts import MODELS
 
@@ -156,6 +158,19 @@ def test_refuses_pickles_that_need_more_than_tensors(folder: Path, tmp_path: Pat
     torch.save(dict(tiny_model("tied").state_dict()) | {"extra": Opens(tmp_path / "touched")}, file)
     refuses(folder, f"{file} needs more than tensors to be loaded, which could run any code: refused")
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_bin_files_are_refused_by_name_whatever_the_unpickler_raises(seed: int, tmp_path: Path) -> None:
+    path, generator = tmp_path / "pytorch_model.bin", random.Random(seed)
+    torch.save({"a": torch.ones(3), "b": torch.ones(2)}, path)
+    whole = bytearray(path.read_bytes())
+    start = whole.index(b"\x80\x02")  # of the pickle in the archive
+    for _ in range(8):
+        whole[start + generator.randrange(60)] = generator.randrange(256)
+    path.write_bytes(whole)
+    with pytest.raises(RecipeError, match=f"^{path} "):
+        tensor_infos(path)
 
 
 @pytest.mark.parametrize(
