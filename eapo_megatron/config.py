@@ -149,12 +149,11 @@ class Data(Section):
     validation_path: str | None = None
     """Held-out prompts, in the same format; null: none, and no evaluation."""
     format: Literal["math", "gsm8k", "verl", "nemo_rl"] = "math"
-    """Fields of a record; math: problem, answer; gsm8k: question, answer (a solution that ends in #### RESULT); verl
-    (and DAPO-Math-17k): prompt, reward_model.ground_truth; nemo_rl: messages, the last of which is the answer."""
+    """Fields of a record: MATH's, GSM8K's (an answer is a solution and #### RESULT), verl's (DAPO-Math-17k), NeMo-RL's."""
     prompt_field: str | None = None
-    """Field with the problem, text or chat messages; a dotted path reaches inside; null: the format's own."""
+    """Field with the problem, text or chat messages; null: the format's (problem, question, prompt, messages)."""
     answer_field: str | None = None
-    """Field with the reference answer, or a dotted path (reward_model.ground_truth); null: the format's own."""
+    """Field with the reference answer; null: the format's (answer twice, reward_model.ground_truth, last message)."""
     solution_field: str | None = None
     """Field with a written solution, for the warm start; null: the format's own."""
     template: str = "chat"
