@@ -149,9 +149,9 @@ class Data(Section):
     validation_path: str | None = None
     """Held-out prompts, in the same format; null: none, and no evaluation."""
     format: Literal["math", "gsm8k", "verl", "nemo_rl"] = "math"
-    """Fields of a record: MATH's, GSM8K's (an answer is a solution and #### RESULT), verl's (DAPO-Math-17k), NeMo-RL's."""
+    """Fields of a record: MATH's, GSM8K's (answer: a solution, #### RESULT), verl's (DAPO-Math-17k), NeMo-RL's."""
     prompt_field: str | None = None
-    """Field with the problem, text or chat messages; null: the format's (problem, question, prompt, messages)."""
+    """Field with the problem, text or messages (a.b: b inside a); null: problem, question, prompt or messages, by format."""
     answer_field: str | None = None
     """Field with the reference answer; null: the format's (answer twice, reward_model.ground_truth, last message)."""
     solution_field: str | None = None
