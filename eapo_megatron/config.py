@@ -195,11 +195,11 @@ class Data(Section):
     validation_path: str | None = None
     """Held-out prompts, in the same format; null: none, and no evaluation."""
     format: Literal["math", "gsm8k", "verl", "nemo_rl"] = "math"
-    """Fields of a record: math, problem and answer; gsm8k, question and answer; verl and nemo_rl, theirs."""
+    """Fields of a record: MATH's, GSM8K's (answer: a solution, #### RESULT), verl's (DAPO-Math-17k), NeMo-RL's."""
     prompt_field: str | None = None
-    """Field with the problem, text or chat messages; a dotted path reaches inside; null: the format's own."""
+    """Field with the problem, text or messages (a.b: b inside a); null: problem, question, prompt or messages."""
     answer_field: str | None = None
-    """Field with the reference answer, or a dotted path (reward_model.ground_truth); null: the format's own."""
+    """Field with the reference answer; null: the format's (answer twice, reward_model.ground_truth, last message)."""
     solution_field: str | None = None
     """Field with a written solution, for the warm start; null: the format's own."""
     template: str = "chat"

@@ -40,11 +40,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "tie_word_embeddings": False,
         "rope_theta": 1e5,
-        "rope_scaling": {"rope_type": "llama3", "factor": 32.0, **LLAMA3_ROPE},
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 6.0,
+            "original_max_position_embeddings": 32,
+        },
     },
     "mistral": _TIED | {"model_type": "mistral", "head_dim": 6, "sliding_window": None, "tie_word_embeddings": False},
 }
 
+MODELS["yarn"] = MODELS["qwen3"] | {
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8,
+        "beta_fast": 2.0,
+        "beta_slow": 0.1,
+        "attention_factor": 1.3,
+    }
+}
 _EXPERTS = _TIED | {"tie_word_embeddings": False, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
 MODELS |= {
     "qwen3_moe": _EXPERTS
@@ -174,6 +190,7 @@ LAYOUTS |= {
         "TP2 SP PP2": Layout(4, TP2 | SP | PP2),
     }.items()
 }
+LAYOUTS["single, yarn"] = Layout(1, model="yarn", rollouts=True)
 EP2 = {"expert_model_parallel_size": 2}
 ETP1 = {"expert_tensor_parallel_size": 1}
 MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eapo_megatron.durable import flushing_behind
+from eapo_megatron.durable import flushing_behind, write_text
 
 
 def test_every_file_is_flushed_before_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,3 +29,8 @@ def test_what_went_wrong_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="No space left"), flushing_behind() as flush:
         flush(tmp_path / "file")
+
+
+def test_any_text_is_written(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "caf\u00e9 \ud800")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "caf\u00e9 \\ud800"

@@ -168,8 +168,9 @@ class _LogProbsAndEntropy(torch.autograd.Function):
                 stop = start + len(rows)
                 real = rows[:, :columns]
                 shift, sum_exp, sum_exp_z, target = stats[:, start:stop]
-                # A finite shift keeps a row of -inf alone from becoming -inf - -inf.
-                torch.mul(real.amax(-1), scale, out=shift).clamp_(min=torch.finfo(dtype).min)
+                # Scaled in the wide dtype: float16 ends at 65504. A finite shift keeps a row of -inf alone from
+                # becoming -inf - -inf.
+                shift.copy_(real.amax(-1)).mul_(scale).clamp_(min=torch.finfo(dtype).min)
                 d, e = difference[: len(rows)], exponential[: len(rows)]
                 torch.add(-shift[:, None], real, alpha=scale, out=d).clamp_(min=LOG2_OF_ZERO)
                 torch.sum(torch.exp2(d, out=e), -1, out=sum_exp)

@@ -119,8 +119,9 @@ def _mapped(file: Path) -> dict[str, Tensor]:
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise RecipeError(f"{file} needs more than tensors to be loaded, which could run any code: refused") from error
-    except RuntimeError as error:
-        raise RecipeError(f"{file} is damaged, or of a format older than PyTorch 1.6") from error
+    except Exception as error:  # a damaged pickle is another program, which may fail in any way
+        kind = type(error).__name__
+        raise RecipeError(f"{file} is damaged, or of a format older than PyTorch 1.6 ({kind})") from error
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise RecipeError(f"{file} is not a dictionary of tensors")
     return held

@@ -12,6 +12,8 @@ from eapo_megatron.records import trackers
 from eapo_megatron.records.records import METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, Records
 from eapo_megatron.records.stopwatch import Stopwatch
 
+TEXTS = ["caf\u00e9", "lone \ud800 surrogate", "\udfff", "back\\\ud83dslash", "\u2028\r\n\0", '"']
+
 
 def recipe(tmp_path: Path, **logging: object) -> Recipe:
     return Recipe.model_validate(
@@ -88,3 +90,13 @@ def test_phases_add_up_to_the_next_lap() -> None:
         pass
     assert timer.lap().keys() == {"seconds/rollout", "seconds/update"}
     assert timer.lap() == {}
+
+
+def test_any_text_is_a_line_of_samples_and_is_kept_on_resuming(tmp_path: Path) -> None:
+    for first_step, step in ((0, 1), (2, 2)):
+        with Records(recipe(tmp_path), first_step=first_step) as records:
+            records.log_samples(step, [{"response": text} for text in TEXTS])
+    lines = (tmp_path / "run" / SAMPLES_FILE).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    assert [json.loads(line) for line in lines] == [
+        {"step": step, "response": text} for step in (1, 2) for text in TEXTS
+    ]

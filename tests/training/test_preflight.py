@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from eapo_megatron.config import Parallel, RecipeError
+from eapo_megatron.data import arithmetic_tokenizer
 from eapo_megatron.policy.layout_checks import check_layout
 from eapo_megatron.recipe_files import parse_recipe
+from eapo_megatron.rollout.rollouts import Sampler
 from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
 from eapo_megatron.training.preflight import prepare
+from eapo_megatron.weights.families import FAMILIES
+from eapo_megatron.weights.huggingface import RandomWeights
 
 ARCHITECTURE = {
     "model_type": "qwen2",
@@ -230,3 +236,117 @@ def test_a_run_folder_of_another_experiment(tmp_path: Path) -> None:
 def test_unknown_engines_and_missing_trackers_are_refused(tmp_path: Path) -> None:
     assert "rollout.engine must be one of megatron, got 'vllm'" in refusal(tmp_path, rollout={"engine": "vllm"})
     assert "logging.wandb_project needs the package wandb" in refusal(tmp_path, logging={"wandb_project": "p"})
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def model_folder(tmp_path: Path, generation: Any = None, template: str | None = None) -> Path:
+    """A Hugging Face folder of random weights with the tokenizer of the arithmetic task."""
+    from eapo_megatron.weights.assets import write_config
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_config(folder, ARCHITECTURE)
+    source = RandomWeights(ARCHITECTURE, seed=1)
+    shapes = FAMILIES["qwen2"].hf_shapes(ARCHITECTURE)
+    save_file({name: source.read(name) for name in shapes}, folder / "model.safetensors")
+    tokenizer = arithmetic_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("generation", "own", "stops"),
+    [
+        (None, [], (1,)),
+        ({}, [3], (1, 3)),
+        ({"eos_token_id": 2}, [], (1, 2)),
+        ({"eos_token_id": [2, 0, 1]}, [5], (0, 1, 2, 5)),
+    ],
+)
+def test_stop_tokens_are_those_of_tokenizer_generation_config_and_recipe(
+    tmp_path: Path, generation: Any, own: list[int], stops: tuple[int, ...]
+) -> None:
+    model = {"path": str(model_folder(tmp_path, generation)), "architecture": None}
+    recipe = parse_recipe(settings(tmp_path, model=model, rollout={"stop_token_ids": own}), source="r.yaml")
+    ingredients = prepare(recipe, 1, source="r.yaml")
+    assert ingredients.stop_token_ids == stops
+    runtime = SimpleNamespace(is_replica_leader=False)
+    sampler = Sampler(None, recipe, ingredients.tokenizer, runtime, stop_token_ids=stops)  # type: ignore[arg-type]
+    assert sampler.sampling(temperature=1.0, top_p=1.0).stop_token_ids == stops
+
+
+@pytest.mark.parametrize(
+    ("generation", "sentence"),
+    [
+        ({"eos_token_id": [1, 28]}, "generation_config.json: eos_token_id: 28 is not a token of the model"),
+        ({"eos_token_id": -1}, "generation_config.json: eos_token_id: -1 is not a token of the model"),
+        ({"eos_token_id": "</s>"}, "generation_config.json: eos_token_id must be a token's number"),
+        ([], "generation_config.json: must hold an object, got list"),
+    ],
+)
+def test_generation_configs_that_cannot_be_followed(tmp_path: Path, generation: Any, sentence: str) -> None:
+    folder = model_folder(tmp_path, generation)
+    assert f"{folder}/{sentence}" in refusal(tmp_path, model={"path": str(folder), "architecture": None})
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (None, "data.template \"chat\" needs a chat template, and tokenizer '{}' has none"),
+        (
+            "{{ messages[9].content.x }}",
+            "data.template: the chat template of tokenizer '{}' fails on a chat of user: Unde",
+        ),
+        ("{% if %}", "data.template: the chat template of tokenizer '{}' fails on a chat of user: TemplateSyntaxError"),
+        ("{{ '' }}", "tokenizer '{}' makes no token of the prompt ''"),
+    ],
+)
+def test_chat_templates_that_do_not_work(tmp_path: Path, template: str | None, sentence: str) -> None:
+    folder = model_folder(tmp_path, template=template)
+    model, data = {"path": str(folder), "architecture": None}, {"template": "chat"}
+    assert sentence.format(folder) in refusal(tmp_path, model=model, data=data)
+
+
+def test_data_formats_and_their_fields(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, template=TEMPLATE)
+    model = {"path": str(folder), "architecture": None}
+    question = {"role": "user", "content": "1+1=?"}
+    records = {
+        "verl": {"prompt": [question], "reward_model": {"ground_truth": "2"}},
+        "nemo_rl": {"messages": [question, {"role": "assistant", "content": "2"}]},
+        "gsm8k": {"question": "1+1=?", "answer": "so #### 2"},
+        "math": {"problem": "1+1=?", "answer": 2},
+    }
+    for format_, record in records.items():
+        path = tmp_path / f"{format_}.jsonl"
+        path.write_text(json.dumps(record))
+        data = {"task": None, "train_path": str(path), "format": format_, "template": "chat"}
+        recipe = parse_recipe(settings(tmp_path, model=model, data=data), source="r.yaml")
+        (prompt,) = prepare(recipe, 1, source="r.yaml").train.prompts
+        assert (prompt.text, prompt.answer) == ("1+1=?", "2")
+    data |= {"answer_field": "reward_model.truth", "format": "verl", "train_path": str(tmp_path / "verl.jsonl")}
+    assert "line 1: no field 'reward_model.truth'" in refusal(tmp_path, model=model, data=data)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert f"tokenizer {folder} has no vocabulary" in refusal(
+        tmp_path, model={"path": str(folder), "architecture": None}
+    )
+
+
+def test_yarn_stretches_what_prompts_and_responses_may_have(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 40}
+    architecture = {**ARCHITECTURE, "max_position_embeddings": 40, "rope_scaling": yarn}
+    assert "exceeds the model's max_position_embeddings 80" in refusal(
+        tmp_path, model={"architecture": architecture}, rollout={"max_response_tokens": 65}
+    )
+    recipe = settings(tmp_path, model={"architecture": architecture}, rollout={"max_response_tokens": 64})
+    prepare(parse_recipe(recipe, source="r.yaml"), 1, source="r.yaml")

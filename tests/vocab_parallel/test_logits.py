@@ -131,6 +131,29 @@ def test_near_deterministic_rows_keep_their_small_entropy(gap: float) -> None:
     torch.testing.assert_close(log_probs.double(), expected_log_probs.value, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "row", "temperature"),
+    [
+        (torch.float16, [60000.0, -60000.0], 1.0),
+        (torch.float16, [65504.0, 65504.0, 0.0], 0.5),
+        (torch.float16, [5000.0, 0.0], 0.1),
+        (torch.float16, [-60000.0, -60001.0], 0.25),
+        (torch.bfloat16, [30000.0, 30000.0], 1.0),
+        (torch.bfloat16, [1000.0, 996.0, 0.0], 0.7),
+    ],
+)
+def test_logits_near_the_end_of_their_range(dtype: torch.dtype, row: list[float], temperature: float) -> None:
+    logits, upstream = torch.tensor([row], dtype=dtype, requires_grad=True), (torch.ones(1), torch.ones(1))
+    target = torch.tensor([1])
+    log_probs, entropy = vocab_parallel_log_probs_and_entropy(
+        logits, target, temperature=temperature, entropy_grad=True
+    )
+    (log_probs.sum() + entropy.sum()).backward()
+    expected = reference(logits, target, len(row), temperature, upstream)
+    for value, right, tolerance in zip((log_probs, entropy, logits.grad), expected, (1e-6, 1e-6, 2**-8), strict=True):
+        torch.testing.assert_close(value.double(), right, rtol=tolerance, atol=tolerance)
+
+
 def test_every_chunk_size_gives_the_same_results() -> None:
     results = []
     for chunk_size in [None, *range(1, 13)]:

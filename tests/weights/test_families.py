@@ -174,6 +174,7 @@ QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddin
         {"mscale": 0.7, "mscale_all_dim": 0.0},
         {"mscale": 0.7},
         {"beta_fast": 8, "beta_slow": 2.0, "truncate": False},
+        {"beta_fast": 8, "truncate": None, "rope_theta": 500},
         {"beta_fast": 2.0, "beta_slow": 2.0, "factor": 40, "original_max_position_embeddings": 64},
     ],
 )
@@ -192,6 +193,47 @@ def test_yarn_is_that_of_transformers(model_type: str, changes: dict[str, Any]) 
     assert arguments["max_sequence_length"] == max(32768, yarn["factor"] * yarn["original_max_position_embeddings"])
     scale = family.transformer_config(config)["softmax_scale"]
     assert (1 / 8 if scale is None else scale) == pytest.approx(factor**2 / 8, rel=1e-12)
+
+
+LONG = [0, 1, 4095, 32767, 32768, 100_003, 131071]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope"),
+    [
+        ("qwen2", QWEN_YARN),
+        ("qwen3", QWEN_YARN | {"attention_factor": 1.4}),
+        ("qwen3", QWEN_YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}),
+        ("llama", LLAMA3 | {"high_freq_factor": 7.0, "original_max_position_embeddings": 32768}),
+        ("qwen2", {"rope_type": "default"}),
+    ],
+)
+def test_attention_scores_at_long_positions_are_those_of_transformers(
+    model_type: str, rope: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.models.common.embeddings import RotaryEmbedding
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as turn
+
+    config = CONFIGS[model_type] | {"head_dim": 64, "rope_theta": 1e6, "rope_scaling": rope}
+    config["max_position_embeddings"] = 131072
+    family, generator = family_of(config), torch.Generator().manual_seed(0)
+    family.validate(config)
+    q, k = torch.randn(2, len(LONG), 64, generator=generator)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    arguments, settings = family.gpt_model(config), family.transformer_config(config)
+    rotary = RotaryEmbedding(64, 1.0, rotary_base=arguments["rotary_base"], use_cpu_initialization=True)
+    rotary.inv_freq = arguments.get("rotary_frequencies", rotary.inv_freq)
+    angles = rotary.get_emb(131072)[LONG]
+    ours_q, ours_k = (_apply_rotary_pos_emb_bshd(states[:, None, None], angles)[:, 0, 0] for states in (q, k))
+    scale = settings["softmax_scale"] or 64**-0.5
+
+    cos, sin = LlamaRotaryEmbedding(AutoConfig.for_model(**config))(q[None], torch.tensor([LONG]))
+    theirs_q, theirs_k = (states[0, 0] for states in turn(q[None, None], k[None, None], cos, sin))
+    torch.testing.assert_close(scale * ours_q @ ours_k.T, theirs_q @ theirs_k.T * 64**-0.5, rtol=1e-5, atol=1e-5)
 
 
 def wrong_values(kind: str, *, low: float) -> list[Any]:
@@ -260,7 +302,14 @@ def test_values_of_a_wrong_type_in_mixtures(changes: dict[str, Any], sentence: s
     assert refusal(CONFIGS["qwen3_moe"] | changes).startswith(sentence)
 
 
-@pytest.mark.parametrize("given", [{"rope_theta": 7e4}, {"rope_parameters": {"rope_theta": 7e4}}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_theta": 7e4},
+        {"rope_parameters": {"rope_theta": 7e4}},
+        {"rope_theta": 7e4, "rope_parameters": {"rope_theta": None}},
+    ],
+)
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_plain_rotary_base(model_type: str, given: dict[str, Any]) -> None:
     config = {key: value for key, value in CONFIGS[model_type].items() if not key.startswith("rope")} | given

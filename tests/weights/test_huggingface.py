@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from eapo_megatron.config import Model, RecipeError
 from eapo_megatron.weights.convert import from_hf
 from eapo_megatron.weights.huggingface import HuggingFaceWeights, RandomWeights, hf_config_of, weight_source
+from eapo_megatron.weights.tensor_files import tensor_infos
 from hf_reference import tensors_of, tiny_model
 from layouts import MODELS
 
@@ -158,6 +160,19 @@ def test_refuses_pickles_that_need_more_than_tensors(folder: Path, tmp_path: Pat
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_bin_files_are_refused_by_name_whatever_the_unpickler_raises(seed: int, tmp_path: Path) -> None:
+    path, generator = tmp_path / "pytorch_model.bin", random.Random(seed)
+    torch.save({"a": torch.ones(3), "b": torch.ones(2)}, path)
+    whole = bytearray(path.read_bytes())
+    start = whole.index(b"\x80\x02")  # of the pickle in the archive
+    for _ in range(8):
+        whole[start + generator.randrange(60)] = generator.randrange(256)
+    path.write_bytes(whole)
+    with pytest.raises(RecipeError, match=f"^{path} "):
+        tensor_infos(path)
+
+
 @pytest.mark.parametrize(
     ("write", "sentence"),
     [
@@ -210,6 +225,105 @@ def test_index_that_names_a_tensor_its_file_lacks(tmp_path: Path) -> None:
     del tensors[absent]
     save_file(tensors, first)
     refuses(tmp_path, f"model.path {tmp_path}: {first.name} lacks tensors of its index: {absent}")
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ('{"metadata": {}}', "{} has no weight_map, a mapping of tensors to files"),
+        ('{"weight_map": {}}', "{} has no weight_map, a mapping of tensors to files"),
+        ('{"weight_map": ["a.safetensors"]}', "{} has no weight_map, a mapping of tensors to files"),
+        ("[]", "{}: must hold an object, got list"),
+        ("3", "{}: must hold an object, got int"),
+        ('{"weight_map": {', "{}: malformed JSON"),
+        ("[" * 100_000, "{}: JSON nested too deeply"),
+        ("version https://git-lfs.github.com/spec/v1\n", "{} is a Git LFS pointer"),
+        *(
+            (
+                json.dumps({"weight_map": {"a": file}}),
+                "{}: tensor a must be in a file of this folder, got " + repr(file),
+            )
+            for file in ("/etc/passwd", "../model.safetensors", "sub/model.safetensors", "..", "", "a\0b", 3, None)
+        ),
+    ],
+)
+@pytest.mark.parametrize("single", ["model.safetensors", "pytorch_model.bin"])
+def test_indexes_that_cannot_be_followed(single: str, index: str, sentence: str, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    path = folder / f"{single}.index.json"
+    path.write_text(index)
+    refuses(folder, sentence.format(path))
+    with pytest.raises(RecipeError, match=re.escape(sentence.format(path))):
+        from_hf(folder, folder.with_name("out"))
+    assert not folder.with_name("out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"]
+)
+def test_folders_and_pointers_in_the_place_of_files(name: str, folder: Path) -> None:
+    path = folder / name
+    (folder / "model.safetensors").rename(folder / "kept")
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    refuses(folder, f"{path} is a folder, not a file")
+    path.rmdir()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    refuses(folder, f"{path} is a Git LFS pointer, not the file itself")
+
+
+def test_an_index_that_names_a_folder(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "shard")})
+    )
+    (folder / "shard").mkdir()
+    refuses(folder, f"{folder / 'shard'} is a folder, not a file")
+
+
+def test_permissions_in_the_systems_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(self: Path, *_: Any, **__: Any) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    refuses(folder, f"{folder / 'config.json'}: Permission denied")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"qwen2"', "null"])
+def test_configs_that_are_no_object(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    refuses(folder, f"{folder / 'config.json'}: must hold an object, got ")
+
+
+def test_a_config_with_a_byte_order_mark_is_read(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert_reads_the_model(HuggingFaceWeights(folder), "tied")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: head.index_put_((torch.tensor(3),), torch.tensor(7.0)),
+        lambda head: head[:-1].clone(),
+        lambda head: head.bfloat16(),
+        lambda head: head.to(torch.int8),
+    ],
+)
+def test_a_head_that_is_no_copy_of_the_tied_embedding(change: Callable[[Tensor], Tensor], folder: Path) -> None:
+    edit_tensors(
+        folder,
+        lambda tensors: tensors.update({"lm_head.weight": change(tensors["model.embed_tokens.weight"].clone())}),
+    )
+    refuses(folder, f"model.path {folder}: lm_head.weight is not a copy of model.embed_tokens.weight, but config.json")
+
+
+def test_a_head_of_another_dtype_with_the_same_values_is_a_copy(folder: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].float()
+
+    edit_tensors(folder, edit)
+    assert "lm_head.weight" not in HuggingFaceWeights(folder).infos
 
 
 def test_refuses_configs_that_the_family_does_not_honour(folder: Path) -> None:

@@ -99,13 +99,17 @@ def transformer_config(hf: HFConfig) -> dict[str, Any]:
 
 
 def gpt_model(hf: HFConfig) -> dict[str, Any]:
-    """The model's arguments beyond TransformerConfig: `rotary_frequencies` where they are not plain."""
+    """The model's arguments beyond TransformerConfig; `rotary_frequencies` where positions are scaled."""
     frequencies = rotary.scaled_frequencies(hf, head_dim(hf))
+    return plain_gpt_model(hf) | ({} if frequencies is None else {"rotary_frequencies": frequencies})
+
+
+def plain_gpt_model(hf: HFConfig) -> dict[str, Any]:
+    """The model's arguments beyond TransformerConfig, whatever scales rotary positions."""
     return {
         "max_sequence_length": rotary.longest_sequence(hf),
         "position_embedding_type": "rope",
         "rotary_base": float(rotary.rope_parameters(hf)["rope_theta"]),
-        **({} if frequencies is None else {"rotary_frequencies": frequencies}),
         "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
     }
 

@@ -127,10 +127,6 @@ def _transformer_config(hf: HFConfig) -> dict[str, Any]:
     }
 
 
-def _gpt_model(hf: HFConfig) -> dict[str, Any]:
-    return {key: value for key, value in decoder.gpt_model(hf).items() if key != "rotary_frequencies"}
-
-
 def _attention_weights(hf: HFConfig, layer: int) -> list[Weight]:
     ours, theirs = (
         prefix + name for prefix, name in zip(decoder.prefixes(layer), ("self_attention.", "self_attn."), strict=True)
@@ -189,7 +185,7 @@ FAMILY = Family(
     keys=KEYS,
     check=_check,
     transformer_config=_transformer_config,
-    gpt_model=_gpt_model,
+    gpt_model=decoder.plain_gpt_model,
     layer_weights=_layer_weights,
     edge_weights=decoder.edge_weights,
     ignored_prefixes=_prediction_layers,

@@ -59,6 +59,8 @@ def rope_parameters(hf: HFConfig) -> dict[str, Any]:
     if nested := sorted(key for key, value in given.items() if isinstance(value, dict)):
         raise UnsupportedModelError(f"rope_parameters of {', '.join(nested)}: one set for all layers is supported")
     kind = given.pop("type", "default")
+    if given.get("rope_theta") is None:
+        given.pop("rope_theta", None)
     outer = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if hf.get(key) is not None}
     theta = DEFAULT_THETAS.get(hf["model_type"], DEFAULT_THETA)
     return {"rope_type": kind, "rope_theta": theta} | outer | given
@@ -145,7 +147,7 @@ def _yarn(wavelengths: Tensor, rope: dict[str, Any], dim: int) -> Tensor:
         return (dim * math.log(length / (turns * 2 * math.pi))) / (2 * math.log(rope["rope_theta"]))
 
     low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
-    if rope.get("truncate") is not False:
+    if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
