@@ -244,9 +244,9 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
     try:
         _run(settings, ingredients, stop_request)
-    except (typer.Exit, KeyboardInterrupt):
+    except (typer.Exit, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # of this rank alone, perhaps: the others wait for it
+    except BaseException as error:  # of this rank alone, perhaps; torch's CheckpointException is no Exception
         report_failure(error, settings.run_folder / "errors", rank=rank)
         raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from error
 

@@ -23,6 +23,7 @@ def report_failure(error: BaseException, folder: Path | None = None, *, rank: in
 
     The log is a temporary file where there is no folder, or none can be written, which may be what failed.
     """
+    words = described(error, folder and folder.parent)
     trace = "".join(traceback.format_exception(error))
     try:
         if folder is None:
@@ -34,17 +35,18 @@ def report_failure(error: BaseException, folder: Path | None = None, *, rank: in
             log = folder / f"rank-{rank}.log"
             log.write_text(trace, encoding="utf-8")
             if is_first:
-                print_error(f"{described(error)} (traceback in {log})")
+                print_error(f"{words} (traceback in {log})")
     except OSError:
-        print_error(f"{described(error)}{_temporary_log(trace)}")
+        print_error(f"{words}{_temporary_log(trace)}")
 
 
-def described(error: BaseException) -> str:
-    """An exception in words: the system's own with their path, unforeseen ones with the name of their class."""
+def described(error: BaseException, where: Path | None = None) -> str:
+    """An exception in words: the system's own with their path or `where`, others with the name of their class."""
     if isinstance(error, RecipeError):
         return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if isinstance(error, OSError):
+        path = where if error.filename is None else error.filename
+        return f"{path}: {error.strerror}" if path is not None and error.strerror else error.strerror or str(error)
     words = str(error)
     return f"{type(error).__name__}: {words if len(words) <= _LONGEST else words[:_LONGEST] + '...'}"
 

@@ -497,8 +497,9 @@ def test_bad_input_is_one_line(
     monkeypatch.setattr(cli, "_run", started)
     monkeypatch.setattr("sys.argv", ["eapo-megatron", *bad.command])
     monkeypatch.chdir(tmp_path)
-    for name in os.environ:
+    for name in {*os.environ, *RANKS}:
         if name.startswith(LAUNCHERS):
+            monkeypatch.setenv(name, "")  # so that what the command sets is undone too
             monkeypatch.delenv(name)
     for name, value in bad.environment.items():
         monkeypatch.setenv(name, value)

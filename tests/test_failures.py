@@ -86,7 +86,7 @@ def test_the_log_goes_elsewhere_when_the_run_folder_cannot_be_written(
     assert line.endswith(f"(traceback in {log})")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     report_failure(OSError(28, "No space left on device"), tmp_path / "run" / "errors")
-    assert capsys.readouterr().err == "error: No space left on device\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}/run: No space left on device\n"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,7 @@ def test_a_full_disk_in_a_run_is_one_line_and_the_run_goes_on_from_its_last_chec
     run = tmp_path / "small"
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {run}/checkpoints/.step_000001 was not written: rank 0: ")
     assert "File too large" in line
     assert f"(traceback in {run}/errors/rank-" in line
     assert "Traceback" not in done.stderr

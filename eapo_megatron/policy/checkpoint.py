@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import CheckpointException
 
 from eapo_megatron.config import RecipeError
 from eapo_megatron.durable import publish, removed_on_error, write_json
@@ -31,7 +32,7 @@ from eapo_megatron.megatron_compat.replacements import (
     replaced,
 )
 from eapo_megatron.policy.policy_model import Policy
-from eapo_megatron.policy.runtime import rng_state, set_rng_state
+from eapo_megatron.policy.runtime import Runtime, rng_state, set_rng_state
 
 # The distributed optimizer's one format that any other data-parallel size can read. Megatron is given copies: it
 # adds this runtime's process groups to them.
@@ -87,7 +88,8 @@ class Checkpoints:
             unfinished.mkdir()
         dist.barrier()
         with removed_on_error(unfinished):
-            _save_tensors(unfinished, _sharded_state(policy, optimizer) | {"schedule": schedule.state_dict()})
+            tensors = _sharded_state(policy, optimizer) | {"schedule": schedule.state_dict()}
+            _save_tensors(unfinished, tensors, policy.runtime)
             (unfinished / "rng").mkdir(exist_ok=True)
             torch.save(rng_state(), unfinished / "rng" / f"{policy.runtime.rank}.pt")
             dist.barrier()
@@ -135,7 +137,7 @@ def save_weights(folder: Path, policy: Policy) -> None:
         unfinished.mkdir(parents=True)
     dist.barrier()
     with removed_on_error(unfinished):
-        _save_tensors(unfinished, _model_state(policy))
+        _save_tensors(unfinished, _model_state(policy), policy.runtime)
     if policy.runtime.is_main:
         publish(unfinished, folder)
     dist.barrier()
@@ -195,10 +197,14 @@ def _load_model(policy: Policy, loaded: dict[str, Any]) -> None:
         module.load_state_dict(loaded[name])
 
 
-def _save_tensors(folder: Path, state: dict[str, Any]) -> None:
+def _save_tensors(folder: Path, state: dict[str, Any], runtime: Runtime) -> None:
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    with replaced(SAVE_IN_PROCESS):
-        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=dict(METADATA))
+    try:
+        with replaced(SAVE_IN_PROCESS):
+            dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=dict(METADATA))
+    except CheckpointException as error:  # on all ranks, but rank 0 alone knows what failed
+        words = "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
+        raise OSError(f"{folder} was not written: {runtime.broadcast_object(words)}") from error
 
 
 def _load_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
