@@ -33,6 +33,7 @@ def fork_worker(pool: int, descriptors: Sequence[int]) -> None:
     # Waited for, not handled. The job's stop signals are not for guards: SIGTERM to a whole job must not end them.
     signal.pthread_sigmask(signal.SIG_BLOCK, [END, signal.SIGCHLD, *STOP_SIGNALS])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children would never be waited for
+    signal.signal(END, signal.SIG_DFL)  # ignored under nohup
     end_with_parent(pool, by=END)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -69,8 +69,11 @@ class _Worker:
     chunk: deque[int] = field(default_factory=deque)  # indices of the answers it has been given and not yet scored
 
     def kill(self) -> None:
-        self.process.send_signal(END)
-        self.process.wait()
+        # Said until it is heard: under nohup a guard that is still starting ignores it.
+        while self.process.poll() is None:
+            self.process.send_signal(END)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=0.1)
         self.answers.close()
         self.reports.close()
 

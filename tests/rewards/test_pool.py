@@ -243,3 +243,22 @@ def test_reward_that_can_be_loaded() -> None:
     check_reward("operator:eq")  # written in C
     with pytest.raises(ValueError, match=r"reward.function: reward must be one of \['math'\] or"):
         check_reward("chess")
+
+
+def test_a_worker_that_is_still_starting_is_ended_under_nohup() -> None:
+    program = (
+        "import signal\n"
+        "from eapo_megatron.rewards import RewardPool\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "pool = RewardPool(num_workers=1, timeout_seconds=5, reward='reward_functions:obedient')\n"
+        "pool._start_worker()\n"
+        "pool._kill_workers()\n"
+        "with pool:\n"
+        "    print(pool.score(['hang', '2'], ['', '']).rewards[1])\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "2.0\n"
