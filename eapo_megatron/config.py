@@ -151,7 +151,7 @@ class Data(Section):
     format: Literal["math", "gsm8k", "verl", "nemo_rl"] = "math"
     """Fields of a record: MATH's, GSM8K's (answer: a solution, #### RESULT), verl's (DAPO-Math-17k), NeMo-RL's."""
     prompt_field: str | None = None
-    """Field with the problem, text or messages (a.b: b inside a); null: problem, question, prompt or messages, by format."""
+    """Field with the problem, text or messages (a.b: b in a); null: the format's (problem, question, prompt, messages)."""
     answer_field: str | None = None
     """Field with the reference answer; null: the format's (answer twice, reward_model.ground_truth, last message)."""
     solution_field: str | None = None
