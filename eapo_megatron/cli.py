@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=F
 convert = typer.Typer(help="Checkpoints to Hugging Face's format and back, in one process.")
 app.add_typer(convert, name="convert")
 
-UsageError = typer.BadParameter.__base__  # click's, or that of typer's own copy of click
+UsageError: Any = typer.BadParameter.__base__  # click's, or that of typer's own copy of click
 GIB = 2**30
 DType = Literal["float32", "bfloat16", "float16"]
 
