@@ -283,7 +283,7 @@ def main() -> None:
     except RecipeError as error:
         print_error(str(error))
         code = 2
-    except UsageError as error:  # type: ignore[misc]
+    except UsageError as error:
         print_error(f"{error.format_message()} ({error.ctx.command_path if error.ctx else 'eapo-megatron'} --help)")
         code = 2
     except KeyboardInterrupt:
