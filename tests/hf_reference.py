@@ -148,8 +148,8 @@ class Reference:
             {"params": vectors, "weight_decay": 0.0},
         ]
         optimizer: torch.optim.Optimizer
-        if optimizer_name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=settings["lr"], momentum=settings["sgd_momentum"])
+        if settings["name"] == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=settings["lr"], momentum=settings.get("sgd_momentum", 0))
         else:
             optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.999), eps=settings["adam_eps"])
         norms = []

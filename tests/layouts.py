@@ -152,6 +152,8 @@ LAYOUTS: dict[str, Layout] = {
     "single, bfloat16": Layout(1, dtype="bfloat16"),
     "single, logits": Layout(1, head="logits"),
     "single, Adam": Layout(1, optimizer="adam", resumes=True),
+    "single, SGD": Layout(1, resumes=True),
+    "single, SGD without momentum": Layout(1, optimizer="plain sgd", resumes=True),
     "single, Adam, distributed optimizer": Layout(1, SHARDED, optimizer="adam", resumes=True),
     "TP2": Layout(2, TP2, rollouts=True),
     "TP2, one kv head": Layout(2, TP2, model="one kv head", rollouts=True),
@@ -250,6 +252,7 @@ MINI_BATCHES: list[tuple[list[int], str]] = [
 ]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.4, "sgd_momentum": 0.9, "weight_decay": 0.1, "clip_grad": 1.0},
+    "plain sgd": {"name": "sgd", "lr": 0.4, "weight_decay": 0.1, "clip_grad": 1.0},
     "adam": {"name": "adam", "lr": 0.01, "weight_decay": 0.1, "clip_grad": 1.0, "adam_eps": 1e-4},
 }
 DECAY_STEPS = 10  # the learning rate falls linearly to 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -148,16 +149,25 @@ def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(SMALL.replace("tensorboard: false", f"tensorboard: false, run_dir: {tmp_path}"))
     run = subprocess.Popen(
-        command(recipe, ["train.steps=100000"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command(recipe, ["train.steps=100000"]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "small" / "metrics.jsonl").is_file():
-        assert run.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the launcher and all ranks
-    _, said = run.communicate(timeout=60)
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs in the background
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "small" / "metrics.jsonl").is_file():
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the launcher and all ranks
+        _, said = run.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
     assert run.returncode == 130
     assert "Traceback" not in said
     assert "error" not in said

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,12 @@ def _sharded_state(policy: Policy, optimizer: ChainedOptimizer, *, is_loading: b
     state = _model_state(policy)
     with cuda_tensor_types():
         state["optimizer"] = {
-            index: part.sharded_state_dict(_model_state(policy), is_loading=is_loading, metadata=dict(METADATA))
+            index: part.sharded_state_dict(
+                _model_state(policy),
+                # The others would give their state its first values, which it has (and which SGD has no function for).
+                is_loading=is_loading and isinstance(part, DistributedOptimizer),
+                metadata=dict(METADATA),
+            )
             for index, part in enumerate(optimizer.chained_optimizers)
         }
     return state
@@ -212,17 +218,16 @@ def _load_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def init_optimizer_state(optimizer: ChainedOptimizer) -> None:
-    """Gives torch's Adam the state it would have after its first step, so that there is something to load into."""
+    """Gives torch's Adam and SGD the state of their first step, so that there is something to load into."""
     for part in optimizer.chained_optimizers:
-        if not isinstance(part.optimizer, torch.optim.Adam):
-            continue
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                part.optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter.data),
-                    "exp_avg_sq": torch.zeros_like(parameter.data),
-                }
+                zeros = partial(torch.zeros_like, parameter.data)
+                if isinstance(part.optimizer, torch.optim.Adam):
+                    state = {"step": torch.zeros(()), "exp_avg": zeros(), "exp_avg_sq": zeros()}
+                    part.optimizer.state[parameter] = state
+                elif group.get("momentum"):
+                    part.optimizer.state[parameter] = {"momentum_buffer": zeros()}
 
 
 def _unalias_steps(optimizer: ChainedOptimizer) -> None:

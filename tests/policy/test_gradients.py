@@ -49,7 +49,7 @@ def test_weights_move_as_the_reference_under_consecutive_steps(name: str, measur
     expected = {key: weights[key] - start[key] for key in start}
     actual = {key: tensor.double() - start[key] for key, tensor in measured(name)["weights"].items()}
     # Adam divides by the gradient's own size, which magnifies the rounding of small elements.
-    tolerance = 1e-5 if layout.optimizer == "sgd" else 3e-4
+    tolerance = 1e-5 if OPTIMIZERS[layout.optimizer]["name"] == "sgd" else 3e-4
     assert largest_difference(actual, expected) < tolerance * largest(expected)
 
 
