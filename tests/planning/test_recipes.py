@@ -81,7 +81,7 @@ def test_the_papers_settings(name: str, lengths: tuple[int, int], prompts: int, 
 
 
 def test_each_quadrant_is_studied_alone() -> None:
-    assert [recipe_of(name).algorithm.shaping.options for name in QUADRANTS] == [
+    assert [recipe_of(name).make_algorithm().shaping_options for name in QUADRANTS] == [
         {"only": ["phr"]},
         {"only": ["plr"]},
         {"only": ["nhr"]},

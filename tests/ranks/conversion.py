@@ -63,7 +63,7 @@ def measure(name: str, models: Path, converted: Path, out: Path) -> None:
     dist_checkpointing.save({"state_dict": module.sharded_state_dict(prefix="module.")}, str(nemo))
     results = {
         "loaded": all(runtime.gather_objects(same)),
-        "greedy": [[response.tokens for response in group] for group in greedy],
+        "greedy": [[response.tokens for response in group] for group in rollouts.grouped(greedy, ROLLOUT_SEEDS)],
     }
     if runtime.is_main:
         torch.save(results, out / f"{name}.pt")
