@@ -206,7 +206,7 @@ def rollout_batch() -> tuple[dict[str, Tensor], Tensor]:
     tokens = torch.full((batch.size, length), EOS)
     prompts = torch.full((batch.size, length), EOS)
     places = torch.zeros(batch.size, length, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
+    for row, (prompt, response) in enumerate(zip(batch.prompts, batch.responses.token_lists(), strict=True)):
         tokens[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         prompts[row, : len(prompt)] = torch.tensor(prompt)
         places[row, len(prompt) : len(prompt) + len(response)] = True

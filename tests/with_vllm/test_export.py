@@ -72,7 +72,7 @@ def test_greedy_tokens_agree(export: Path, tmp_path: Path, monkeypatch: pytest.M
     embedded = engine.generate(PROMPTS, [[0]] * len(PROMPTS), sampling)
     stop_runtime()
     monkeypatch.undo()
-    assert [group[0].tokens for group in embedded] == expected
+    assert embedded.token_lists() == expected
 
     script = Path(__file__).with_name("greedy.py")
     command = [sys.executable, str(script), str(export), json.dumps(PROMPTS), str(tmp_path / "tokens.json")]
