@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train test test-random test-vllm test-nemo test-slurm lint benchmark
+.PHONY: setup train test test-random test-isas test-vllm test-nemo test-slurm lint benchmark
 
 setup: .venv/.installed
 
@@ -15,6 +15,13 @@ test: setup lint
 # Property tests alone, on fresh examples and many. A failure prints the decorator that draws its example again.
 test-random: setup
 	$(BIN)/pytest -m hypothesis --hypothesis-profile="fresh examples"
+
+# Tests of numbers under the vector instructions of other processors, as far as this one has them.
+NUMERIC := tests/vocab_parallel tests/algorithms tests/policy/test_gradients.py tests/policy/test_policy_model.py tests/rollout
+test-isas: setup
+	for isa in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2; do \
+		echo $$isa; env $$isa $(BIN)/pytest $(NUMERIC) || exit 1; \
+	done
 
 test-vllm: .venv-vllm/.installed
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/pytest tests/with_vllm

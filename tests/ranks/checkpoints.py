@@ -26,14 +26,11 @@ def state(policy: Policy, optimizer: PolicyOptimizer) -> list[Tensor]:
     return [tensor.clone() for tensor in parameters + masters + moments]
 
 
-def continued(
-    folder: Path, policy: Policy, settings: Optimizer, step: Callable[[Policy, PolicyOptimizer], object]
-) -> None:
-    """Loads what `resumed_exactly` saved, under whatever layout, and takes the same further steps."""
+def loaded(folder: Path, policy: Policy, settings: Optimizer) -> PolicyOptimizer:
+    """An optimizer with what `resumed_exactly` saved, as is the policy, under whatever layout."""
     optimizer = build_optimizer(policy, settings)
     Checkpoints(folder, keep_last=1, keep_best=0).load(1, policy, optimizer.megatron, optimizer.schedule)
-    for _ in range(MORE_STEPS):
-        step(policy, optimizer)
+    return optimizer
 
 
 def resumed_exactly(

@@ -20,7 +20,7 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from torch import Tensor
 
 import rollouts
-from checkpoints import continued, resumed_exactly
+from checkpoints import MORE_STEPS, loaded, resumed_exactly
 from eapo_megatron.algorithms import Algorithm, eapo_advantages, group_advantages, loss_weights
 from eapo_megatron.config import Head, Model, Optimizer, Parallel
 from eapo_megatron.policy.batching import Batch, TokenData
@@ -101,16 +101,14 @@ def measure_training(policy: Policy, layout: Layout, model: Model, folder: Path)
 
     settings = Optimizer(lr_decay_style="linear", lr_decay_steps=DECAY_STEPS, **OPTIMIZERS[layout.optimizer])
     optimizer = build_optimizer(policy, settings)
-    updates = []
+    steps = []
     for rows, aggregation in MINI_BATCHES:
         weights = weights_of(rows, aggregation)
-        if len(updates) == 2:  # the optimizer has moments, and every rank has rows
+        if len(steps) == 2:  # the optimizer has moments, and every rank has rows
             refused = partial(refused_update, worker, optimizer, batch, rows, weights, inputs)
             results["refused"] = {fault: unchanged(policy, optimizer, partial(refused, fault)) for fault in FAULTS}
-        updates.append(worker.update(batch, rows, optimizer, Algorithm(), TokenData(weights=weights, **inputs)))
-    results["applied"] = [update.applied for update in updates]
-    results["norms"] = [update.metrics["grad_norm"] for update in updates]
-    results["lrs"] = [update.metrics["lr"] for update in updates]
+        steps.append(recorded_update(worker, batch, rows, optimizer, TokenData(weights=weights, **inputs)))
+    results["steps"] = steps
     results["weights"] = full_tensors(policy)
 
     def step(policy: Policy, optimizer: PolicyOptimizer) -> None:
@@ -124,10 +122,25 @@ def measure_training(policy: Policy, layout: Layout, model: Model, folder: Path)
             folder, policy, optimizer, settings, model, Parallel(**layout.parallel), step
         )
     if layout.continues:
-        continued(folder, policy, settings, step)
-    if layout.resumes or layout.continues:
-        results["later_weights"] = full_tensors(policy)
+        optimizer = loaded(folder, policy, settings)
+        tokens = TokenData(weights=weights_of(everything), **inputs)
+        results["later steps"] = [
+            recorded_update(worker, batch, everything, optimizer, tokens) for _ in range(MORE_STEPS)
+        ]
+        results["later weights"] = full_tensors(policy)
     return results
+
+
+def recorded_update(
+    worker: PolicyWorker, batch: Batch, rows: Sequence[int], optimizer: PolicyOptimizer, tokens: TokenData
+) -> dict[str, Any]:
+    """An update with the weights and the gradients that it begins with."""
+    before = full_tensors(worker.policy)
+    worker.accumulate(batch, rows, Algorithm(), tokens)
+    gradients = complete_gradients(worker.policy)
+    update = worker.update(batch, rows, optimizer, Algorithm(), tokens)
+    kept = {"norm": update.metrics["grad_norm"], "lr": update.metrics["lr"], "applied": update.applied}
+    return {"weights": before, "gradients": gradients, **kept}
 
 
 def unchanged(policy: Policy, optimizer: PolicyOptimizer, step: Callable[[], bool]) -> dict[str, bool]:

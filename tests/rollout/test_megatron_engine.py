@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from eapo_megatron.config import Parallel
-from hf_reference import tiny_model
-from layouts import LAYOUTS, RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, Response
+from eapo_megatron.rollout.sampling import response_uniforms
+from hf_reference import one_thread, tiny_model
+from layouts import LAYOUTS, RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS, TEMPERATURE, Response
 
 Measured = Callable[[str], dict[str, Any]]
 ROLLOUTS = [name for name, layout in LAYOUTS.items() if layout.rollouts]
@@ -47,6 +49,20 @@ def test_greedy_responses_are_those_of_transformers(name: str, measured: Measure
             assert response.tokens == generated
             assert response.log_probs == [0.0] * RESPONSE_TOKENS
             assert not response.finished
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_sampled_tokens_are_where_their_uniforms_fall(name: str, measured: Measured) -> None:
+    """By transformers in float64; no uniform is so near an edge of the distribution that rounding could decide."""
+    model = copy.deepcopy(tiny_model(LAYOUTS[name].model)).double()
+    for prompt, seeds, group in zip(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, measured(name)["rollouts"]["sampled"], strict=True):
+        for response, uniforms in zip(group, response_uniforms(seeds, RESPONSE_TOKENS), strict=True):
+            with torch.no_grad(), one_thread():
+                logits = model(torch.tensor([prompt + response.tokens])).logits[0, len(prompt) - 1 : -1]
+            edges = (logits / TEMPERATURE).softmax(-1).cumsum(-1)
+            drawn = uniforms[: len(response.tokens), None].double()
+            assert (edges < drawn).sum(-1).tolist() == response.tokens
+            assert (edges - drawn).abs().min() > 1e-5, "take other seeds"
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled", "filtered"])
