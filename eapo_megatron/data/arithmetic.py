@@ -38,7 +38,8 @@ def arithmetic_examples(
     The numbers of terms take turns. A multiset of terms belongs to the training or to the held-out split by its hash
     alone: whatever the seeds and sizes, no held-out prompt is a training prompt, nor one in another order.
 
-    Raises ValueError for a setting out of range, and when the split has fewer than `size` such sums.
+    Raises:
+        ValueError: for a setting out of range, and when the split has fewer than `size` such sums.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f'split must be "train" or "held_out", got {split!r}')

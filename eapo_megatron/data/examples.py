@@ -155,7 +155,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _prompt(held: Any, name: str, where: str) -> str | list[Message]:
-    """The user's one message, or a whole chat where there is more."""
+    """The user's one message, or the chat where there is more."""
     if isinstance(held, str):
         return held
     if not isinstance(held, list):

@@ -17,7 +17,10 @@ def prompt_indices(seed: int, position: int, count: int, size: int) -> list[int]
     """Indices in [0, size) of the `count` prompts drawn after the first `position` ones.
 
     Draws e * size to (e + 1) * size - 1 are epoch e, a permutation of all `size` prompts. Concatenating calls gives
-    the same indices as one call over the whole stretch. Raises ValueError when an argument is out of range.
+    the same indices as one call for all of them.
+
+    Raises:
+        ValueError: when an argument is out of range.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")

@@ -59,8 +59,10 @@ def _check_files(folder: Path) -> None:
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """A tokenizer of <pad> (0), <eos> (1), <unk> (2) and then the characters of `alphabet`, one token each.
 
-    Encoding adds no special token; decode(encode(text)) == text for every text over the alphabet. Raises ValueError
-    when a character occurs twice.
+    Encoding adds no special token; decode(encode(text)) == text for every text over the alphabet.
+
+    Raises:
+        ValueError: when a character occurs twice.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

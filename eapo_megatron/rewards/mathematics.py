@@ -21,7 +21,8 @@ def math_reward(response: str, answer: str | list[str] | float | int, thinking: 
     or one longer than `MAX_ANSWER_CHARACTERS` is wrong. `thinking`: see `extract_answer`. There is no time limit:
     `RewardPool` sets one.
 
-    Raises ValueError when `answer` is neither text, a finite number nor a list of these.
+    Raises:
+        ValueError: when `answer` is neither text, a finite number nor a list of these.
     """
     references = [_as_text(element) for element in answer] if isinstance(answer, list) else [_as_text(answer)]
     prediction = extract_answer(response, thinking)

@@ -91,7 +91,8 @@ class RewardPool:
     starts ends with its worker. The workers end with the process that entered the pool, and on Linux with the thread
     that did, even when it is killed.
 
-    Raises ValueError for settings out of range and, on entering, when the reward function cannot be loaded.
+    Raises:
+        ValueError: for settings out of range and, on entering, when the reward function cannot be loaded.
     """
 
     def __init__(
@@ -127,7 +128,9 @@ class RewardPool:
     def score(self, responses: list[str], answers: list[Any]) -> RewardBatch:
         """Rewards of `responses` against `answers`, element by element, in their order.
 
-        Raises ValueError when the lists differ in length, RuntimeError outside of the pool's `with` block.
+        Raises:
+            ValueError: when the lists differ in length.
+            RuntimeError: outside of the pool's `with` block.
         """
         if len(responses) != len(answers):
             raise ValueError(f"answers must be as many as responses, got {len(answers)} for {len(responses)}")

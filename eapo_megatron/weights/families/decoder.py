@@ -16,19 +16,19 @@ from torch import Tensor
 
 from eapo_megatron.weights.families import rotary
 from eapo_megatron.weights.families.family import Weight
-from eapo_megatron.weights.families.keys import FLAG, TEXTS, HFConfig, Key, Real, UnsupportedModelError, Whole
+from eapo_megatron.weights.families.keys import FLAG, TEXTS, HFConfig, Integer, Key, Real, UnsupportedModelError
 
 # Sizes past these are mistakes, and a model's weights are listed before its files are opened.
 MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 2**24, 1000, 4096, 4096
 KEYS: dict[str, Key] = {
-    "vocab_size": Whole(MAX_WIDTH),
-    "hidden_size": Whole(MAX_WIDTH),
-    "intermediate_size": Whole(MAX_WIDTH),
-    "num_hidden_layers": Whole(MAX_LAYERS),
-    "num_attention_heads": Whole(MAX_HEADS),
-    "num_key_value_heads": Whole(MAX_HEADS),
-    "max_position_embeddings": Whole(rotary.MAX_POSITIONS),
-    "head_dim": Whole(MAX_WIDTH, low=2, required=False),
+    "vocab_size": Integer(MAX_WIDTH),
+    "hidden_size": Integer(MAX_WIDTH),
+    "intermediate_size": Integer(MAX_WIDTH),
+    "num_hidden_layers": Integer(MAX_LAYERS),
+    "num_attention_heads": Integer(MAX_HEADS),
+    "num_key_value_heads": Integer(MAX_HEADS),
+    "max_position_embeddings": Integer(rotary.MAX_POSITIONS),
+    "head_dim": Integer(MAX_WIDTH, low=2, required=False),
     "rms_norm_eps": Real(1.0),
     "initializer_range": Real(100.0, low_included=True),
     "tie_word_embeddings": FLAG,

@@ -11,7 +11,7 @@ from typing import Any
 
 from eapo_megatron.weights.families import decoder, mixture, rotary
 from eapo_megatron.weights.families.family import Family, Weight
-from eapo_megatron.weights.families.keys import HFConfig, Key, Real, UnsupportedModelError, Whole
+from eapo_megatron.weights.families.keys import HFConfig, Integer, Key, Real, UnsupportedModelError
 
 # What the model code computes without asking; other values of these keys ask for another model.
 FIXED = {
@@ -24,15 +24,15 @@ FIXED = {
 KEYS: dict[str, Key] = {
     **decoder.KEYS,
     **mixture.KEYS,
-    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "n_group", "topk_group"), Whole(decoder.MAX_EXPERTS)),
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "n_group", "topk_group"), Integer(decoder.MAX_EXPERTS)),
     **dict.fromkeys(
         ("moe_intermediate_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-        Whole(decoder.MAX_WIDTH),
+        Integer(decoder.MAX_WIDTH),
     ),
     "routed_scaling_factor": Real(1e6, required=True),
-    "first_k_dense_replace": Whole(decoder.MAX_LAYERS, low=0),
-    "q_lora_rank": Whole(decoder.MAX_WIDTH, required=False),
-    "num_nextn_predict_layers": Whole(decoder.MAX_LAYERS, low=0, required=False),
+    "first_k_dense_replace": Integer(decoder.MAX_LAYERS, low=0),
+    "q_lora_rank": Integer(decoder.MAX_WIDTH, required=False),
+    "num_nextn_predict_layers": Integer(decoder.MAX_LAYERS, low=0, required=False),
 }
 YARN_KEYS = {
     "rope_type",

@@ -29,8 +29,8 @@ class Key(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """An integer; neither a bool nor a float that is whole."""
+class Integer:
+    """An integer; neither a bool nor a float without a fraction."""
 
     high: int
     low: int = 1

@@ -6,7 +6,7 @@ from typing import Any
 
 from eapo_megatron.weights.families import decoder, mixture
 from eapo_megatron.weights.families.family import Family, Weight
-from eapo_megatron.weights.families.keys import HFConfig, Real, UnsupportedModelError, Whole
+from eapo_megatron.weights.families.keys import HFConfig, Integer, Real, UnsupportedModelError
 
 
 def _check(hf: HFConfig) -> None:
@@ -46,7 +46,7 @@ FAMILY = Family(
         **decoder.KEYS,
         **mixture.KEYS,
         "rms_norm_eps": Real(1.0, required=True),
-        "num_local_experts": Whole(decoder.MAX_EXPERTS),
+        "num_local_experts": Integer(decoder.MAX_EXPERTS),
     },
     check=_check,
     transformer_config=_transformer_config,

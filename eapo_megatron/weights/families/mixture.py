@@ -10,9 +10,9 @@ from typing import Any
 
 from eapo_megatron.weights.families import decoder
 from eapo_megatron.weights.families.family import Weight
-from eapo_megatron.weights.families.keys import HFConfig, Key, UnsupportedModelError, Whole
+from eapo_megatron.weights.families.keys import HFConfig, Integer, Key, UnsupportedModelError
 
-KEYS: dict[str, Key] = {"num_experts_per_tok": Whole(decoder.MAX_EXPERTS)}
+KEYS: dict[str, Key] = {"num_experts_per_tok": Integer(decoder.MAX_EXPERTS)}
 
 
 def check(hf: HFConfig, *, num_experts: int) -> None:

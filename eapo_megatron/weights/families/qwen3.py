@@ -7,7 +7,7 @@ from typing import Any
 
 from eapo_megatron.weights.families import decoder
 from eapo_megatron.weights.families.family import Family
-from eapo_megatron.weights.families.keys import HFConfig, Whole
+from eapo_megatron.weights.families.keys import HFConfig, Integer
 
 
 def _transformer_config(hf: HFConfig) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def _transformer_config(hf: HFConfig) -> dict[str, Any]:
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    keys={**decoder.KEYS, "head_dim": Whole(decoder.MAX_WIDTH, low=2)},
+    keys={**decoder.KEYS, "head_dim": Integer(decoder.MAX_WIDTH, low=2)},
     check=decoder.check_grouped,
     transformer_config=_transformer_config,
     gpt_model=decoder.gpt_model,

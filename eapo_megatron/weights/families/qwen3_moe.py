@@ -6,7 +6,7 @@ from typing import Any
 
 from eapo_megatron.weights.families import decoder, mixture
 from eapo_megatron.weights.families.family import Family, Weight
-from eapo_megatron.weights.families.keys import FLAG, NUMBERS, HFConfig, UnsupportedModelError, Whole
+from eapo_megatron.weights.families.keys import FLAG, NUMBERS, HFConfig, Integer, UnsupportedModelError
 
 
 def _num_experts(hf: HFConfig) -> int:
@@ -53,12 +53,12 @@ FAMILY = Family(
     keys={
         **decoder.KEYS,
         **mixture.KEYS,
-        "moe_intermediate_size": Whole(decoder.MAX_WIDTH),
-        "num_experts": Whole(decoder.MAX_EXPERTS, required=False),
-        "num_local_experts": Whole(decoder.MAX_EXPERTS, required=False),
+        "moe_intermediate_size": Integer(decoder.MAX_WIDTH),
+        "num_experts": Integer(decoder.MAX_EXPERTS, required=False),
+        "num_local_experts": Integer(decoder.MAX_EXPERTS, required=False),
         "norm_topk_prob": FLAG,
         "mlp_only_layers": NUMBERS,
-        "decoder_sparse_step": Whole(decoder.MAX_LAYERS, required=False),
+        "decoder_sparse_step": Integer(decoder.MAX_LAYERS, required=False),
     },
     check=_check,
     transformer_config=_transformer_config,

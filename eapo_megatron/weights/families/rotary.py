@@ -18,11 +18,11 @@ from eapo_megatron.weights.families.keys import (
     FLAG,
     MAPPING,
     HFConfig,
+    Integer,
     Key,
     Of,
     Real,
     UnsupportedModelError,
-    Whole,
     check_keys,
 )
 
@@ -31,7 +31,7 @@ DEFAULT_THETA = 10_000.0
 DEFAULT_THETAS = {"mixtral": 1_000_000.0}  # by model_type
 _FACTOR = Real(1e6, required=True)
 _COMMON: dict[str, Key] = {"rope_type": Of(str, "text"), "rope_theta": Real(1e15, low=1)}
-_ORIGINAL: dict[str, Key] = {"original_max_position_embeddings": Whole(MAX_POSITIONS)}
+_ORIGINAL: dict[str, Key] = {"original_max_position_embeddings": Integer(MAX_POSITIONS)}
 _KEYS: dict[str, dict[str, Key]] = {
     "default": {},
     "llama3": {"factor": _FACTOR, "low_freq_factor": _FACTOR, "high_freq_factor": _FACTOR, **_ORIGINAL},
