@@ -52,7 +52,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
+        return sorted(int(path.parent.name.removeprefix("step_")) for path in self.folder.glob(f"step_*/{STATE_FILE}"))
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
@@ -123,7 +123,9 @@ class Checkpoints:
         rankings = {step: ranking for step in steps if (ranking := _ranking(self.state(step))) is not None}
         best = sorted(rankings, key=lambda step: (-rankings[step], -step))[: self.keep_best]
         for step in set(steps) - set(steps[-self.keep_last :]) - set(best):
-            shutil.rmtree(self.path(step))
+            hidden = self.folder / f".{self.path(step).name}"  # so that no reader meets half of it
+            self.path(step).rename(hidden)
+            shutil.rmtree(hidden)
 
 
 def _ranking(state: dict[str, Any]) -> float | None:

@@ -67,3 +67,26 @@ def test_checkpoints_of_both_versions_are_ranked(tmp_path: Path) -> None:
     checkpoints(tmp_path, {"version": STATE_VERSION, "step": 60, "ranking": None})
     both._retain()
     assert both.steps() == [40, 60]  # the best and the last
+
+
+def test_a_removal_that_was_interrupted_leaves_no_half_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = checkpoints(tmp_path, VERSION_1 | {"score": None})
+    checkpoints(tmp_path, {"version": STATE_VERSION, "step": 50, "ranking": None})
+
+    def killed(folder: Path) -> None:
+        (folder / STATE_FILE).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        both._retain()
+    assert both.steps() == [50]
+    assert not (tmp_path / "step_000040").exists()
+
+
+def test_a_folder_without_a_state_is_no_checkpoint(tmp_path: Path) -> None:
+    whole = checkpoints(tmp_path, VERSION_1)
+    (tmp_path / "step_000060").mkdir()
+    assert whole.steps() == [40]
