@@ -57,7 +57,7 @@ def keys_page() -> str:
     lines = [
         "# Recipe keys",
         "",
-        "Written by `eapo-megatron keys --markdown` from `eapo_megatron/config.py`. "
+        "Written by `eapo-megatron keys --markdown` from `eapo_megatron/config/`. "
         "`eapo-megatron keys PATTERN` finds a key by a part of its path or description.",
     ]
     for path, title, keys in _sections(Recipe, ""):

@@ -1,0 +1,44 @@
+"""The recipe's keys: what each one means, its type and default, and which values go together.
+
+The text under a field is its description: `eapo-megatron keys` and docs/keys.md print it. `recipe_files` reads recipes.
+"""
+
+from eapo_megatron.config.experience import Arithmetic, Data, Reward, Rollout
+from eapo_megatron.config.policy import GPUS, Cluster, Head, Model, Optimizer, Parallel
+from eapo_megatron.config.recipe import Recipe
+from eapo_megatron.config.section import LARGEST, RecipeError, Section
+from eapo_megatron.config.training import (
+    Algorithm,
+    Checkpoint,
+    Evaluation,
+    Logging,
+    Loss,
+    Shaping,
+    Train,
+    WarmStart,
+)
+
+__all__ = [
+    "GPUS",
+    "LARGEST",
+    "Algorithm",
+    "Arithmetic",
+    "Checkpoint",
+    "Cluster",
+    "Data",
+    "Evaluation",
+    "Head",
+    "Logging",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Recipe",
+    "RecipeError",
+    "Reward",
+    "Rollout",
+    "Section",
+    "Shaping",
+    "Train",
+    "WarmStart",
+]

@@ -1,0 +1,64 @@
+"""A recipe: all sections together, and which of their values go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from eapo_megatron.config.experience import Data, Reward, Rollout
+from eapo_megatron.config.policy import Cluster, Model, Optimizer, Parallel
+from eapo_megatron.config.section import Section
+from eapo_megatron.config.training import Algorithm, Checkpoint, Evaluation, Logging, Train, WarmStart
+
+if TYPE_CHECKING:
+    from eapo_megatron import algorithms
+
+
+class Recipe(Section):
+    """One run: the top level of a recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    """Name of the run and of its folder; left out: the name of the recipe file."""
+    seed: int = Field(1234, ge=0, lt=2**31)
+    """Of random weights, the order of prompts and every sample."""
+    cluster: Cluster = Cluster()
+    model: Model
+    parallel: Parallel = Parallel()
+    data: Data
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    algorithm: Algorithm = Algorithm()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    warm_start: WarmStart = WarmStart()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _groups(self) -> Recipe:
+        algorithm = self.make_algorithm()
+        if algorithm.needs.ref_log_probs:
+            raise ValueError("algorithm.loss needs a reference policy, which the training loop does not have")
+        algorithm.check_group_size(self.rollout.num_generations_per_prompt, key="rollout.num_generations_per_prompt")
+        if self.train.mini_batch_prompts > self.train.num_prompts_per_step:
+            raise ValueError(
+                f"train.mini_batch_prompts {self.train.mini_batch_prompts} exceeds "
+                f"train.num_prompts_per_step {self.train.num_prompts_per_step}"
+            )
+        return self
+
+    def make_algorithm(self) -> algorithms.Algorithm:
+        """The section `algorithm` at work; a ValueError names its wrong key."""
+        from eapo_megatron import algorithms  # torch: seconds
+
+        section = self.algorithm.model_dump(include=set(algorithms.SECTION_KEYS))
+        return algorithms.Algorithm.from_config(
+            section, key="algorithm", positive_threshold=self.reward.positive_threshold
+        )
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.logging.run_dir) / self.name

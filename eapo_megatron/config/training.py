@@ -1,0 +1,111 @@
+"""The keys of the algorithm and of a run: its steps, evaluation, checkpoints and logs."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+
+from eapo_megatron.config.section import Section
+
+
+class Shaping(Section):
+    """Token-level re-weighting of the advantages by name; further keys are that shaping's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    name: str = "eapo"
+    """eapo, none, entropy_advantage, forking_tokens or quadrant."""
+
+
+class Loss(Section):
+    """The loss by name and how tokens are averaged; further keys are that loss's own options, such as eps_low."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    name: str = "clipped_surrogate"
+    """clipped_surrogate (Eq. 2)."""
+    aggregation: str = "token_mean"
+    """token_mean: by the tokens of the optimizer step; group_token_mean: Eq. 2; seq_mean_token_mean: by response."""
+    entropy_coef: float = 0.0
+    """Weight of the current policy's mean token entropy (nats), which the loss rewards; 0: off."""
+
+
+class Algorithm(Section):
+    """From rewards to the loss."""
+
+    advantage_estimator: str = "grpo"
+    """grpo, dr_grpo, rloo or w_reinforce: one advantage a response, from the rewards of its group."""
+    shaping: Shaping = Shaping()
+    """Token-level re-weighting of the advantages."""
+    loss: Loss = Loss()
+    """The loss that the advantages enter."""
+    dynamic_sampling_rounds: int = Field(1, ge=1)
+    """1: groups of equal rewards are kept; n > 1: they are replaced, in up to n rounds of a step."""
+
+
+class Train(Section):
+    """One step: prompts are sampled, answered and scored, then trained on in mini-batches (optimizer steps)."""
+
+    steps: int = Field(100, ge=0)
+    """Steps of the run; each samples once and trains on what was sampled."""
+    num_prompts_per_step: int = Field(64, ge=1, le=1_000_000)
+    """Prompts sampled in each step, over all ranks."""
+    mini_batch_prompts: int = Field(32, ge=1)
+    """Prompts of one optimizer step, with all their responses, over all ranks."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Responses in one forward and backward on one model replica."""
+    max_skipped_in_a_row: int = Field(3, ge=1)
+    """Updates in a row with NaN or Inf after which the run stops."""
+
+
+class WarmStart(Section):
+    """A short supervised phase on written solutions before the reinforcement learning; 0 steps: none."""
+
+    steps: int = Field(0, ge=0)
+    """Optimizer steps on written solutions; 0: no warm start."""
+    batch_size: int = Field(64, ge=1, le=1_000_000)
+    """Solutions in one optimizer step, over all ranks."""
+    lr: float = Field(1e-3, gt=0, le=1000)
+    """Highest learning rate; it decays by a cosine to 0."""
+    lr_warmup_steps: int = Field(10, ge=0)
+    """Optimizer steps of linear warm-up."""
+
+
+class Evaluation(Section):
+    """Solve rate on held-out prompts, every `every` steps (0: only at the start and the end)."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only at the start and the end."""
+    num_prompts: int | None = Field(None, ge=1)
+    """Held-out prompts, the first ones of the file; null: all."""
+    num_generations_per_prompt: int = Field(1, ge=1, le=65_536)
+    """Responses to each held-out prompt."""
+    temperature: float = Field(0.6, ge=1e-4, le=1e4)
+    """Divides the logits before sampling."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Samples from the most probable tokens of this total probability; 1: from all."""
+
+
+class Checkpoint(Section):
+    """Every `every` steps (0: only at the end); the last n and the best by evaluation are kept."""
+
+    every: int = Field(10, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    keep_best: int = Field(1, ge=0)
+    """Checkpoints with the best held-out solve rate to keep, however old."""
+
+
+class Logging(Section):
+    """runs/NAME/metrics.jsonl and TensorBoard; W&B or MLflow when a project or experiment is named."""
+
+    run_dir: str = "runs"
+    """Folder of the runs; this one's is run_dir/name."""
+    tensorboard: bool = True
+    """Whether to write scalars for TensorBoard."""
+    wandb_project: str | None = None
+    """Weights & Biases project to log to; null: none."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment to log to; null: none."""
+    samples_per_step: int = Field(4, ge=0)
+    """Responses of each step that are written to samples.jsonl."""
