@@ -16,6 +16,7 @@ TRAIN = [
     "tensorboard>=2.18",  # scalar logs
     "psutil>=6",  # megatron-core's checkpoint writer waits for ever without it
     "pyarrow>=17",  # Parquet prompts
+    "xxhash>=3.4",  # checksums of checkpoints; hashlib's fastest takes over ten times as long
     "numpy>=1.26",
 ]
 

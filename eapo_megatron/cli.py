@@ -1,4 +1,4 @@
-"""The command line: `eapo-megatron train | plan | submit RECIPE [key.path=value ...]`, `recipes`, `keys`, `convert`."""
+"""The command line: `eapo-megatron train | plan | submit RECIPE [key.path=value ...]`, `check RUN`, and others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
 from math import isfinite
 from pathlib import Path
@@ -20,8 +20,9 @@ from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.failures import described, print_error, report_failure
 from eapo_megatron.launcher import check_devices, rank_environment, run_local_ranks
 from eapo_megatron.recipe_files import built_in_recipes, copy_recipe, load_recipe
+from eapo_megatron.run_lock import RunLock, check_unlocked
 from eapo_megatron.slurm import job_folder, job_script, submit_job
-from eapo_megatron.stopping import StopRequest
+from eapo_megatron.stopping import InterruptedRunError, StopRequest, TrainingStoppedError
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -63,6 +64,7 @@ def train(
         raise RecipeError(f"{recipe}: cluster.num_nodes {settings.cluster.num_nodes} needs srun or torchrun")
     check_devices(settings)
     _prepare(settings, settings.cluster.world_size, source=recipe)
+    check_unlocked(settings.run_folder)
     raise typer.Exit(run_local_ranks(settings.cluster.world_size, ["train", recipe, *overrides]))
 
 
@@ -110,6 +112,22 @@ def submit(
         return
     job = submit_job(settings, script)
     print(f"job {job}, log {job_folder(settings) / f'{job}.log'}")
+
+
+@app.command()
+def check(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+) -> None:
+    """Reads all of a run's checkpoints and says which are whole, by their checksums. Exit code 1: one is not."""
+    from eapo_megatron.policy.checkpoint import check_run  # megatron: seconds
+
+    found = [
+        (str(path), problem or ("whole" if has_checksums else "whole in form (it has no checksums)"), problem is None)
+        for path, problem, has_checksums in check_run(run)
+    ]
+    _print_table(("checkpoint", "condition"), [row[:2] for row in found])
+    if not all(is_whole for *_, is_whole in found):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -242,8 +260,15 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
     ingredients = _prepare(settings, world_size, source=source)
     # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
+    with RunLock(settings.run_folder) if rank == 0 else nullcontext() as lock:
+        _run_or_report(settings, ingredients, stop_request, lock, rank=rank)
+
+
+def _run_or_report(
+    settings: Recipe, ingredients: Any, stop_request: StopRequest, lock: RunLock | None, *, rank: int
+) -> None:
     try:
-        _run(settings, ingredients, stop_request)
+        _run(settings, ingredients, stop_request, lock)
     except (typer.Exit, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # of this rank alone, perhaps; torch's CheckpointException is no Exception
@@ -251,10 +276,10 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
         raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from error
 
 
-def _run(settings: Recipe, ingredients: Any, stop_request: StopRequest) -> None:
+def _run(settings: Recipe, ingredients: Any, stop_request: StopRequest, lock: RunLock | None) -> None:
     from eapo_megatron.policy.runtime import start_runtime, stop_runtime  # megatron: seconds
     from eapo_megatron.training.loop import train as train_run
-    from eapo_megatron.training.session import InterruptedRunError, TrainingStoppedError, open_run
+    from eapo_megatron.training.session import open_run
 
     runtime = start_runtime(
         settings.parallel,
@@ -263,7 +288,7 @@ def _run(settings: Recipe, ingredients: Any, stop_request: StopRequest) -> None:
         timeout_minutes=settings.cluster.timeout_minutes,
     )
     try:
-        with open_run(settings, ingredients, runtime, stop_request) as run:
+        with open_run(settings, ingredients, runtime, stop_request, lock) as run:
             summary = train_run(run)
     except TrainingStoppedError as error:  # on every rank alike
         if runtime.is_main:

@@ -46,8 +46,13 @@ def publish(unfinished: Path, folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file in the place of an earlier one; a lone surrogate, which UTF-8 lacks, as its escape."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file in the place of an earlier one."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    temporary.write_bytes(data)
     sync_path(temporary)
     temporary.rename(path)
     sync_path(path.parent)

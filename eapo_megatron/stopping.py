@@ -17,6 +17,18 @@ EXIT_INTERRUPTED = os.EX_TEMPFAIL  # 75: nothing is wrong, start it again
 _PR_SET_PDEATHSIG = 1
 
 
+class TrainingStoppedError(RuntimeError):
+    """A run that cannot go on; its last checkpoint is intact."""
+
+    exit_code = 1
+
+
+class InterruptedRunError(TrainingStoppedError):
+    """A run that was asked to stop: all its steps are in its checkpoint, and the same command goes on from there."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
 class StopRequest:
     """Whether this process has been asked to stop since this was made."""
 

@@ -29,6 +29,8 @@ FLOORS = (
         "reading",
         "failures",
         "stopping",
+        "checksums",
+        "run_lock",
         "megatron_compat",
     },
     {"rewards", "weights", "slurm", "launcher"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import ConfigDict, Field
 
 from eapo_megatron.config.section import Section
@@ -94,6 +96,8 @@ class Checkpoint(Section):
     """Newest checkpoints to keep."""
     keep_best: int = Field(1, ge=0)
     """Checkpoints with the best held-out solve rate to keep, however old."""
+    on_damage: Literal["fallback", "stop"] = "fallback"
+    """When the last one is damaged: fallback goes on from the last whole one and says so, stop is an error."""
 
 
 class Logging(Section):

@@ -28,8 +28,10 @@ from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm, local_multi_tensor_scale
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from eapo_megatron.megatron_compat import stand_ins
+from eapo_megatron.megatron_compat import checkpoint_pickles, stand_ins
 
 _ABSENT = object()
 
@@ -285,7 +287,30 @@ STEPS_KEPT_ON_LOAD = (
         until="megatron-core loads torch Adam's step from the groups",
     ),
 )
-REPLACEMENTS = (*CPU_RUNTIME, *CUDA_TENSOR_TYPES, *LATENT_ATTENTION, *SAVE_IN_PROCESS, *STEPS_KEPT_ON_LOAD)
+LOAD_WITHOUT_CODE = (
+    Replacement(
+        FileSystemReader,
+        "read_metadata",
+        checkpoint_pickles.reading_metadata_safely,
+        why="torch unpickles .metadata, and whatever code it names runs.",
+        until="torch.distributed.checkpoint reads its metadata without pickle's full power",
+    ),
+    Replacement(
+        DefaultLoadPlanner,
+        "load_bytes",
+        checkpoint_pickles.refusing_code,
+        why="torch unpickles the objects among the tensors, and whatever code they name runs.",
+        until="torch.distributed.checkpoint loads objects with weights_only",
+    ),
+)
+REPLACEMENTS = (
+    *CPU_RUNTIME,
+    *CUDA_TENSOR_TYPES,
+    *LATENT_ATTENTION,
+    *SAVE_IN_PROCESS,
+    *STEPS_KEPT_ON_LOAD,
+    *LOAD_WITHOUT_CODE,
+)
 
 
 def install_cpu_runtime() -> None:

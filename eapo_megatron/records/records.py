@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eapo_megatron.config import Recipe
-from eapo_megatron.durable import write_json, write_text
+from eapo_megatron.durable import write_bytes, write_json
 from eapo_megatron.records.trackers import open_trackers
 
 METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE = "metrics.jsonl", "samples.jsonl", "summary.json"
@@ -29,8 +29,10 @@ class Records:
     def __init__(self, recipe: Recipe, *, first_step: int) -> None:
         self.folder = recipe.run_folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, SAMPLES_FILE):
-            _drop_lines_from(self.folder / name, first_step)
+        self._lost = [
+            *_drop_lines_from(self.folder / METRICS_FILE, first_step, every_step=True),
+            *_drop_lines_from(self.folder / SAMPLES_FILE, first_step),
+        ]
         self._metrics = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
         # A lone surrogate that a tokenizer made becomes its escape, which JSON reads as what it was.
         self._samples = (self.folder / SAMPLES_FILE).open("a", encoding="utf-8", errors="backslashreplace")
@@ -51,6 +53,8 @@ class Records:
 
     def __enter__(self) -> Records:
         self._progress.start()
+        for line in self._lost:
+            self.say(line)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,7 +77,7 @@ class Records:
 
     def say(self, line: str) -> None:
         """One line above the progress bar."""
-        self._progress.console.print(line, highlight=False)
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One step's metrics to every record."""
@@ -100,14 +104,35 @@ class Records:
         write_json(self.folder / SUMMARY_FILE, summary)
 
 
-def _drop_lines_from(path: Path, first_step: int) -> None:
-    """Keeps the complete lines of earlier steps; a line cut by a kill goes too."""
+def _drop_lines_from(path: Path, first_step: int, *, every_step: bool = False) -> list[str]:
+    """Keeps the lines of earlier steps -> what there is to say of lines that are damaged or missing.
+
+    A kill may cut the last line, which is of a later step. With `every_step` each step from 1 on has a line.
+    """
     if not path.is_file():
-        return
-    kept = []
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n") or json.loads(line)["step"] >= first_step:
-                break
-            kept.append(line)
-    write_text(path, "".join(kept))
+        return [f"{path} is gone, and the lines of the steps before {first_step}"] if first_step > 1 else []
+    kept, steps, damaged = [], set(), 0
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        step = _step_of(line)
+        if step is None:
+            damaged += number + 1 < len(lines)
+        elif step < first_step:
+            kept.append(line + b"\n")
+            steps.add(step)
+    write_bytes(path, b"".join(kept))
+    said = [f"{path}: {damaged} damaged lines are left out"] if damaged else []
+    if missing := sorted(set(range(1, first_step)) - steps) if every_step else []:
+        first_ones = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
+        said.append(f"{path}: no line of {len(missing)} steps ({first_ones})")
+    return said
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step that a line is of; None where it is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None

@@ -175,6 +175,11 @@ class Collected:
     drawn: list[Rollouts]  # of each round
     position: int  # prompts drawn since the start of the run
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no log-prob of what was drawn is NaN or Inf: a policy that has diverged samples all the same."""
+        return all(bool(part.responses.log_probs.isfinite().all()) for part in self.drawn)
+
     def metrics(self, positive_threshold: float) -> dict[str, float]:
         """The rounds, and solve rate and signal of all that was drawn, before any group is left out."""
         everything = Rollouts.concatenated(self.drawn)

@@ -27,10 +27,10 @@ import torch
 
 from eapo_megatron.evaluation.evaluate import evaluate
 from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
-from eapo_megatron.policy.worker import Update
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
 from eapo_megatron.rollout.rollouts import collect
-from eapo_megatron.training.session import InterruptedRunError, Run
+from eapo_megatron.stopping import InterruptedRunError
+from eapo_megatron.training.session import Run
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -70,6 +70,9 @@ def train_step(run: Run) -> dict[str, float]:
         run.record_samples(collected.drawn[0])
     run.progress.position = collected.position
     metrics, groups = collected.metrics(algorithm.positive_threshold), collected.groups
+    if not collected.is_finite:
+        run.count(applied=False, where="the rollouts")
+        return metrics
     if not groups.prompts:
         run.progress.skipped_steps += 1
         return metrics
@@ -83,7 +86,7 @@ def train_step(run: Run) -> dict[str, float]:
     with run.timer("old_policy"):
         old_log_probs, entropies = run.worker.log_probs_and_entropies(batch)
     if not bool(torch.isfinite(old_log_probs).all() & torch.isfinite(entropies).all()):
-        run.count(Update(applied=False, metrics={}))
+        run.count(applied=False, where="the old policy")
         return metrics
     with run.timer("advantages"):
         advantages = algorithm.advantages(
@@ -100,7 +103,7 @@ def train_step(run: Run) -> dict[str, float]:
                 rollout_log_probs=batch.rollout_log_probs,
             )
             updates.append(run.worker.update(batch, rows, run.optimizer, algorithm, tokens))
-            run.count(updates[-1])
+            run.count(applied=updates[-1].applied)
     with run.timer("weight_sync"):
         run.update_engine()
     run.progress.response_tokens += int(batch.mask.sum())

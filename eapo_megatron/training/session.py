@@ -5,39 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from eapo_megatron.config import Recipe, RecipeError
+from eapo_megatron.config import Model, Recipe, RecipeError
 from eapo_megatron.durable import write_json
 from eapo_megatron.policy.checkpoint import Checkpoints
+from eapo_megatron.policy.checkpoint_files import inspect
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.policy_model import Policy, open_policy
 from eapo_megatron.policy.runtime import Runtime
-from eapo_megatron.policy.worker import PolicyWorker, Update
+from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.records.records import Records
 from eapo_megatron.records.samples import describe_samples
 from eapo_megatron.records.stopwatch import Stopwatch
 from eapo_megatron.rollout.engine import open_engine
 from eapo_megatron.rollout.rollouts import Rollouts, Sampler
+from eapo_megatron.run_lock import RunLock
 from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
-from eapo_megatron.stopping import EXIT_INTERRUPTED, StopRequest
+from eapo_megatron.stopping import StopRequest, TrainingStoppedError
 from eapo_megatron.training.preflight import Ingredients
 from eapo_megatron.training.warm_start import warm_start
 from eapo_megatron.weights.assets import save_run_assets
 from eapo_megatron.weights.export import export_weights
 from eapo_megatron.weights.huggingface import weight_source
-
-
-class TrainingStoppedError(RuntimeError):
-    """A run that cannot go on; its last checkpoint is intact."""
-
-    exit_code = 1
-
-
-class InterruptedRunError(TrainingStoppedError):
-    """A run that was asked to stop: all its steps are in its checkpoint, and the same command goes on from there."""
-
-    exit_code = EXIT_INTERRUPTED
+from eapo_megatron.weights.integrity import check_tensor_files
+from eapo_megatron.weights.megatron_weights import find_checkpoint
 
 
 @dataclass
@@ -60,9 +53,12 @@ class Progress:
         Raises:
             RecipeError: naming what is missing or not known.
         """
-        saved = dict(state["progress"])
+        saved = state.get("progress")
+        if not isinstance(saved, dict):
+            raise RecipeError(f"state.json of step {state['step']} is damaged: it lacks progress")
+        saved = dict(saved)
         if state["version"] == 1:
-            saved["evaluations"] = saved.pop("held_out")
+            saved["evaluations"] = saved.pop("held_out", {})
         names = {field.name for field in fields(cls)}
         if saved.keys() != names:
             raise RecipeError(
@@ -78,7 +74,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """One run on this rank. `records` is on rank 0 alone."""
+    """One run on this rank. `records` and `lock` are on rank 0 alone."""
 
     recipe: Recipe
     ingredients: Ingredients
@@ -89,6 +85,7 @@ class Run:
     sampler: Sampler
     checkpoints: Checkpoints
     records: Records | None
+    lock: RunLock | None
     progress: Progress
     stop_request: StopRequest  # to this rank
     stopping: bool = False  # some rank was asked to stop; the same on all
@@ -99,14 +96,14 @@ class Run:
         weights = export_weights(self.policy.modules, self.policy.hf_config)
         self.sampler.engine.update_weights(weights, self.progress.step)
 
-    def count(self, update: Update) -> None:
-        """Counts an optimizer step.
+    def count(self, *, applied: bool, where: str = "a loss or gradient") -> None:
+        """Counts an optimizer step, or one that was skipped because `where` had NaN or Inf.
 
         Raises:
             TrainingStoppedError: after too many skipped ones in a row.
         """
         progress, limit = self.progress, self.recipe.train.max_skipped_in_a_row
-        if update.applied:
+        if applied:
             progress.optimizer_steps += 1
             progress.skipped_in_a_row = 0
             return
@@ -114,7 +111,7 @@ class Run:
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row >= limit:
             raise TrainingStoppedError(
-                f"step {progress.step}: {limit} updates in a row had NaN or Inf in a loss or gradient; "
+                f"step {progress.step}: {limit} updates in a row had NaN or Inf in {where}; "
                 f"the last good checkpoint is in {self.checkpoints.folder}"
             )
 
@@ -125,7 +122,13 @@ class Run:
             self.records.log_samples(self.progress.step, shown)
 
     def save(self) -> None:
-        """A checkpoint of this step, once its records are on disk."""
+        """A checkpoint of this step, once its records are on disk.
+
+        Raises:
+            TrainingStoppedError: when another process has taken the run folder.
+        """
+        if not self.runtime.broadcast_object(self.lock is None or self.lock.is_held()):
+            raise TrainingStoppedError(f"another process has taken {self.recipe.run_folder}: step not saved")
         if self.records is not None:
             self.records.sync()
         state = {"progress": asdict(self.progress), "ranking": self.progress.ranking()}
@@ -147,18 +150,27 @@ class Run:
 
 
 @contextmanager
-def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_request: StopRequest) -> Iterator[Run]:
+def open_run(
+    recipe: Recipe,
+    ingredients: Ingredients,
+    runtime: Runtime,
+    stop_request: StopRequest,
+    lock: RunLock | None = None,
+) -> Iterator[Run]:
     """Opens the policy and what trains it, resumed from the run folder's last checkpoint where there is one."""
     folder = recipe.run_folder
     checkpoints = Checkpoints(
         folder / "checkpoints", keep_last=recipe.checkpoint.keep_last, keep_best=recipe.checkpoint.keep_best
     )
-    steps = runtime.broadcast_object(checkpoints.steps())
+    resume_step, said = checkpoints.find_whole(runtime, on_damage=recipe.checkpoint.on_damage)
     if runtime.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECIPE_FILE, saved_form(recipe))
         save_run_assets(folder, recipe.model, ingredients.hf_config, ingredients.tokenizer)
-    source = None if steps else weight_source(recipe.model, ingredients.hf_config, recipe.seed)
+    source = None
+    if resume_step is None:
+        _check_source(recipe.model, runtime)
+        source = weight_source(recipe.model, ingredients.hf_config, recipe.seed)
     policy = open_policy(ingredients.hf_config, recipe.model, recipe.parallel, runtime, source)
     worker = PolicyWorker(
         policy, micro_batch_size=recipe.train.micro_batch_size, temperature=recipe.rollout.temperature
@@ -167,15 +179,20 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
     with ExitStack() as stack:
         records = None
         if runtime.is_main:
-            records = stack.enter_context(Records(recipe, first_step=steps[-1] + 1 if steps else 0))
+            records = stack.enter_context(Records(recipe, first_step=0 if resume_step is None else resume_step + 1))
+            if lock is not None and lock.left_by is not None:
+                said.insert(0, f"{lock.left_by.describe()} left {folder} locked and is gone: taken over")
             if ingredients.dropped:
-                records.say(f"left out of the data: {ingredients.describe_dropped()}")
-        if not steps and recipe.warm_start.steps:
+                said.append(f"left out of the data: {ingredients.describe_dropped()}")
+            for line in said:
+                records.say(line)
+        if resume_step is None and recipe.warm_start.steps:
             warm_start(recipe, ingredients, worker, records)
         # After the weights: a bf16 policy's optimizer copies them in float32 when it is built.
         optimizer = build_optimizer(policy, recipe.optimizer)
-        if steps:
-            progress = Progress.of_state(checkpoints.load(steps[-1], policy, optimizer.megatron, optimizer.schedule))
+        if resume_step is not None:
+            state = checkpoints.load(resume_step, policy, optimizer.megatron, optimizer.schedule)
+            progress = Progress.of_state(state)
         engine = open_engine(policy, recipe.rollout, ingredients.tokenizer)
         sampler = stack.enter_context(
             Sampler(engine, recipe, ingredients.tokenizer, runtime, stop_token_ids=ingredients.stop_token_ids)
@@ -190,10 +207,24 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
             sampler,
             checkpoints,
             records,
+            lock,
             progress,
             stop_request,
         )
         run.update_engine()
-        if records is not None and steps:
+        if records is not None and resume_step is not None:
             records.say(f"resumed from step {progress.step} of {folder}")
         yield run
+
+
+def _check_source(model: Model, runtime: Runtime) -> None:
+    """Whether `model.checkpoint` is as it was written, where it has checksums.
+
+    Raises:
+        RecipeError: naming the damaged file.
+    """
+    if model.checkpoint is not None:
+        folder = find_checkpoint(Path(model.checkpoint), key="model.checkpoint")
+        condition = inspect(folder, runtime, check=check_tensor_files)
+        if condition.problem is not None:
+            raise RecipeError(condition.problem)

@@ -5,7 +5,8 @@ Checkpoints differ in what their keys begin with (nothing, `module.`, ...); it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,55 @@ import torch
 from torch import Tensor
 
 from eapo_megatron.config import RecipeError
+from eapo_megatron.megatron_compat.checkpoint_pickles import METADATA_FILE
+from eapo_megatron.reading import read_text
 from eapo_megatron.weights.checkpoint_keys import Place, candidate_places
 from eapo_megatron.weights.families import Weight, family_of
+from eapo_megatron.weights.integrity import check_tensor_files
 from eapo_megatron.weights.tensor_files import listed
 from eapo_megatron.weights.torch_dist import Chunk, TorchDistTensors
 
 EMBEDDING = "embedding.word_embeddings.weight"
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # what Megatron-LM calls a checkpoint that starts a run: weights alone, iteration 0
 OPTIMIZER_ROOTS = ("optimizer", "chained_")  # of keys beside the model's own
 
 
-def find_checkpoint(path: Path, *, key: str) -> Path:
+def find_checkpoint(path: Path, *, key: str, check: Callable[[Path], object] = check_tensor_files) -> Path:
     """The torch_dist folder that `path` stands for: itself, a run's latest checkpoint, Megatron-LM's latest, NeMo 2's.
 
-    `key` is what errors call the folder.
+    `key` is what errors call the folder. Of a run it is the latest that passes `check`; those that do not are named on
+    stderr.
 
     Raises:
-        RecipeError: when there is none.
+        RecipeError: when there is none, or what `check` says of the only one.
     """
     candidates = [path, path / "weights"]
     if (path / TRACKER).is_file():
-        latest = (path / TRACKER).read_text().strip()
-        candidates.append(path / (latest if latest == "release" else f"iter_{int(latest):07d}"))
-    steps = {int(step.name.removeprefix("step_")): step for step in path.glob("checkpoints/step_*")}
-    candidates += [steps[max(steps)]] if steps else []
+        latest = read_text(path / TRACKER).strip()
+        if latest != RELEASE and not (latest.isascii() and latest.isdigit()):
+            raise RecipeError(f"{path / TRACKER} must hold an iteration's number or {RELEASE}, got {latest[:20]!r}")
+        candidates.append(path / (RELEASE if latest == RELEASE else f"iter_{int(latest):07d}"))
     for candidate in candidates:
-        if (candidate / ".metadata").is_file():
+        if (candidate / METADATA_FILE).exists():
+            check(candidate)
             return candidate
+    steps = [step for step in path.glob("checkpoints/step_*") if step.name.removeprefix("step_").isdecimal()]
+    problems = []
+    for step in sorted(steps, key=lambda step: int(step.name.removeprefix("step_")), reverse=True):
+        try:
+            check(step)
+        except RecipeError as error:
+            problems.append(str(error))
+        else:
+            for problem in problems:
+                print(f"{problem}: taking {step}", file=sys.stderr)
+            return step
+    if problems:
+        raise RecipeError(f"{key} {path} holds no whole checkpoint: {'; '.join(problems)}")
     raise RecipeError(
         f"{key} {path} holds no torch_dist checkpoint "
-        f"(none of .metadata, weights/.metadata, {TRACKER}, checkpoints/step_*)"
+        f"(none of {METADATA_FILE}, weights/{METADATA_FILE}, {TRACKER}, checkpoints/step_*)"
     )
 
 

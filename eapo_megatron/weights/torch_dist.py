@@ -2,8 +2,7 @@
 
 megatron-core saves through torch.distributed.checkpoint: `.metadata` names every tensor with its chunks, each chunk is
 a byte range of a .distcp file. Layers (and a layer's experts) are stacked along leading axes, at most a layer to a
-chunk, so that reading or writing one never needs all of the stack. `.metadata` is a pickle: read checkpoints of
-people you trust.
+chunk, so that reading or writing one never needs all of the stack.
 """
 
 from __future__ import annotations
@@ -29,6 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from eapo_megatron.megatron_compat.checkpoint_pickles import load_object
+from eapo_megatron.weights.integrity import check_tensor_files
 
 # torch's writer holds on to the tensors of the file that it is writing.
 MAX_FILE_BYTES = 256 * 2**20
@@ -69,7 +71,7 @@ class TorchDistTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._reader = FileSystemReader(folder)
-        metadata = self._reader.read_metadata()
+        metadata = check_tensor_files(folder)
         self._storage = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -110,7 +112,8 @@ class TorchDistTensors:
         """The part of one saved chunk that `item` asks for."""
         stored = self._storage[item.storage_index]
         with (self.folder / stored.relative_path).open("rb") as file:
-            saved = torch.load(self._reader._slice_file(file, stored), map_location="cpu", weights_only=True)
+            where = f"{file.name}, tensor {item.storage_index.fqn}"
+            saved = load_object(self._reader._slice_file(file, stored), where)
         return narrow_tensor_by_index(saved, item.storage_offsets, item.lengths)
 
     def _saved_at(self, key: str) -> dict[int, list[ChunkStorageMetadata]]:

@@ -15,10 +15,11 @@ from megatron.core import dist_checkpointing
 
 import rollouts
 from eapo_megatron.config import Model, Optimizer, Parallel
-from eapo_megatron.policy.checkpoint import Checkpoints, init_optimizer_state, load_policy_weights
+from eapo_megatron.policy.checkpoint import Checkpoints, load_policy_weights
 from eapo_megatron.policy.optimizer import build_optimizer
 from eapo_megatron.policy.policy_model import build_policy
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.training_state import init_optimizer_state
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
 from eapo_megatron.weights.huggingface import HuggingFaceWeights
 from eapo_megatron.weights.load import load_weights

@@ -33,7 +33,7 @@ VERSION_1 = {
 def checkpoints(tmp_path: Path, state: dict) -> Checkpoints:
     folder = tmp_path / f"step_{state['step']:06d}"
     folder.mkdir()
-    (folder / STATE_FILE).write_text(json.dumps(state))
+    (folder / STATE_FILE).write_text(json.dumps({"world_size": 1, **state}))
     return Checkpoints(tmp_path, keep_last=1, keep_best=1)
 
 
@@ -86,7 +86,11 @@ def test_a_removal_that_was_interrupted_leaves_no_half_checkpoint(
     assert not (tmp_path / "step_000040").exists()
 
 
-def test_a_folder_without_a_state_is_no_checkpoint(tmp_path: Path) -> None:
-    whole = checkpoints(tmp_path, VERSION_1)
-    (tmp_path / "step_000060").mkdir()
-    assert whole.steps() == [40]
+def test_damaged_states_do_not_disturb_retention(tmp_path: Path) -> None:
+    best = checkpoints(tmp_path, VERSION_1)
+    for step in (50, 60, 70):
+        checkpoints(tmp_path, {"version": STATE_VERSION, "step": step, "ranking": 0.9})
+    (tmp_path / "step_000050" / STATE_FILE).write_text("{")
+    (tmp_path / "step_000060" / STATE_FILE).unlink()
+    best._retain()
+    assert best.steps() == [70]

@@ -16,11 +16,10 @@ from eapo_megatron.weights.checkpoint_keys import Place, places_to_write, stack_
 from eapo_megatron.weights.convert.progress import progress_of
 from eapo_megatron.weights.families import Weight, family_of
 from eapo_megatron.weights.huggingface import HuggingFaceWeights
-from eapo_megatron.weights.megatron_weights import TRACKER, chunks_of
+from eapo_megatron.weights.megatron_weights import RELEASE, TRACKER, chunks_of
 from eapo_megatron.weights.tensor_files import listed
 from eapo_megatron.weights.torch_dist import Chunk, write_torch_dist
 
-RELEASE = "release"  # what Megatron-LM calls a checkpoint that starts a run: weights alone, iteration 0
 # Before version 3 Megatron-LM reorders the queries, keys and values that it loads.
 COMMON = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
 

@@ -17,6 +17,7 @@ from eapo_megatron.weights import assets
 from eapo_megatron.weights.convert.progress import progress_of
 from eapo_megatron.weights.convert.safetensors_writer import plan_shards, write_shards
 from eapo_megatron.weights.huggingface import read_config_file
+from eapo_megatron.weights.integrity import check_checksums
 from eapo_megatron.weights.megatron_weights import MegatronWeights, find_checkpoint
 from eapo_megatron.weights.tensor_files import TensorInfo
 
@@ -34,7 +35,7 @@ def to_hf(
     """
     if out.exists():
         raise RecipeError(f"OUT_DIR {out} exists")
-    checkpoint = find_checkpoint(source, key="RUN_OR_CHECKPOINT")
+    checkpoint = find_checkpoint(source, key="RUN_OR_CHECKPOINT", check=check_checksums)
     config_file = _config_file(checkpoint, config)
     hf_config = read_config_file(config_file)
     source_weights = MegatronWeights(checkpoint, hf_config)
