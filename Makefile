@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train test test-random test-isas test-vllm test-nemo test-slurm lint benchmark
+.PHONY: setup train test test-random test-isas test-kills test-vllm test-nemo test-slurm lint benchmark
 
 setup: .venv/.installed
 
@@ -22,6 +22,10 @@ test-isas: setup
 	for isa in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2; do \
 		echo $$isa; env $$isa $(BIN)/pytest $(NUMERIC) || exit 1; \
 	done
+
+# A run killed at twenty moments under two layouts, each time resumed and compared with one left alone: 13 minutes.
+test-kills: setup
+	$(BIN)/pytest -m "kills or not kills" tests/training/test_kills.py
 
 test-vllm: .venv-vllm/.installed
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/pytest tests/with_vllm

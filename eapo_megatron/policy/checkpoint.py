@@ -80,6 +80,8 @@ class Checkpoints:
         Raises:
             RecipeError: naming the damaged file; also when no checkpoint is whole.
         """
+        if runtime.is_main:
+            self._remove_unfinished()
         damaged: dict[int, str] = {}
         for step in reversed(runtime.broadcast_object(self.steps())):
             problem, has_checksums = self._inspect(step, runtime)
@@ -129,8 +131,7 @@ class Checkpoints:
         unfinished = self.folder / f".step_{step:06d}"
         if policy.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".step_*"):
-                shutil.rmtree(leftover)
+            self._remove_unfinished()
             unfinished.mkdir()
         dist.barrier()
         with removed_on_error(unfinished):
@@ -164,6 +165,11 @@ class Checkpoints:
         if state["world_size"] == policy.runtime.world_size:
             set_rng_state(read_object(folder / "rng" / f"{policy.runtime.rank}.pt"))
         return state
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a kill left of a checkpoint that was being written or removed."""
+        for leftover in self.folder.glob(".step_*"):
+            shutil.rmtree(leftover)
 
     def _retain(self) -> None:
         steps = self.steps()

@@ -67,8 +67,10 @@ def _torch_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_model(policy: Policy, loaded: dict[str, Any]) -> None:
+    """Loads the weights. The layers' extra state (FP8 scales, a pickle of Transformer Engine's) stays unread."""
     for name, module in zip((key for key in loaded if key.startswith("model")), policy.modules, strict=True):
-        module.load_state_dict(loaded[name])
+        held = {key: None if key.endswith("_extra_state") else value for key, value in loaded[name].items()}
+        module.load_state_dict(held)
 
 
 def init_optimizer_state(optimizer: ChainedOptimizer) -> None:
