@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from command_line import metrics, train
+from eapo_megatron import cli
 from eapo_megatron.checksums import CHECKSUMS_FILE, checksum, files_of, write_checksums
 from eapo_megatron.config import RecipeError
 from eapo_megatron.policy.checkpoint import Checkpoints, check_run
@@ -36,6 +37,7 @@ parallel: {use_distributed_optimizer: true}
 data: {task: arithmetic, template: "{prompt}", max_prompt_tokens: 16, arithmetic: {train_size: 64, held_out_size: 8}}
 rollout: {num_generations_per_prompt: 4, max_response_tokens: 8}
 reward: {function: "lengths:even_length", num_workers: 1}
+warm_start: {steps: 2, batch_size: 4}
 train: {steps: 3, num_prompts_per_step: 4, mini_batch_prompts: 4, micro_batch_size: 8}
 checkpoint: {every: 1, keep_last: 3}
 logging: {tensorboard: false}
@@ -245,14 +247,53 @@ def test_an_export_takes_the_last_whole_one_and_says_so(copy: Path, capsys: pyte
 
 def test_a_run_goes_on_from_the_last_whole_one_bit_for_bit(copy: Path, run: Path) -> None:
     flip(copy / "checkpoints" / NEWEST / "__0_0.distcp", 0.5)
-    said = _resume(copy, run, "checkpoint.on_damage=stop", expect=2)
-    assert "__0_0.distcp is damaged" in said
-    assert "checkpoint.on_damage: fallback" in said
     said = _resume(copy, run)
     assert "going on from step 2, the damaged checkpoint is" in said
     assert "resumed from step 2" in said
     assert metrics(copy) == metrics(run)
     assert all(line["grad_norm"] > 0 for line in metrics(run, first_step=1))
+
+
+def test_a_warm_start_with_damaged_weights_is_made_again(copy: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent / ".warm_start", copy.parent / ".warm_start")
+    shutil.rmtree(copy)
+    (cache,) = (copy.parent / ".warm_start").iterdir()
+    with (cache / ".metadata").open("wb") as evil:
+        pickle.dump(Evil(tmp_path / "mark"), evil)
+    said = _resume(copy, run)
+    assert f"{cache / '.metadata'} is damaged or no checkpoint's: it names posix.mkdir, which is no part of a " in said
+    assert "checkpoint: the warm start is made again" in said
+    assert metrics(copy) == metrics(run)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_commands_refuse_evil_and_damaged_checkpoints(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["eapo-megatron", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (int(str(ended.value.code or 0)), *capsys.readouterr())
+
+    newest = copy / "checkpoints" / NEWEST
+    assert command("check", str(copy))[0] == 0
+    flip(copy / "checkpoints" / WHOLE / "__0_0.distcp", 0.2)
+    with (newest / ".metadata").open("wb") as evil:
+        pickle.dump(Evil(tmp_path / "mark"), evil)
+    code, out, _ = command("check", str(copy))
+    assert code == 1
+    assert [line.split("\t")[1].split(": ")[-1] for line in out.splitlines()] == [
+        "whole",
+        "it is not what its checksum was taken of",
+        "it names posix.mkdir, which is no part of a checkpoint",
+    ]
+    code, _, said = command("convert", "to-hf", str(newest), str(tmp_path / "out"))
+    assert code == 2
+    assert said.startswith(f"error: {newest / '.metadata'} is damaged or no checkpoint's: it names posix.mkdir")
+    code, _, said = command("check", str(tmp_path))
+    assert (code, said) == (2, f"error: RUN {tmp_path} is not the folder of a run: it has no folder checkpoints\n")
+    assert not (tmp_path / "mark").exists()
 
 
 def _resume(copy: Path, run: Path, *overrides: str, expect: int = 0) -> str:
