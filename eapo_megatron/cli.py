@@ -21,7 +21,7 @@ from eapo_megatron.failures import described, print_error, report_failure
 from eapo_megatron.launcher import check_devices, rank_environment, run_local_ranks
 from eapo_megatron.recipe_files import built_in_recipes, copy_recipe, load_recipe
 from eapo_megatron.slurm import job_folder, job_script, submit_job
-from eapo_megatron.stopping import StopRequest
+from eapo_megatron.stopping import StopRequest, TrainingStoppedError
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -254,7 +254,7 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
 def _run(settings: Recipe, ingredients: Any, stop_request: StopRequest) -> None:
     from eapo_megatron.policy.runtime import start_runtime, stop_runtime  # megatron: seconds
     from eapo_megatron.training.loop import train as train_run
-    from eapo_megatron.training.session import InterruptedRunError, TrainingStoppedError, open_run
+    from eapo_megatron.training.session import InterruptedRunError, open_run
 
     runtime = start_runtime(
         settings.parallel,

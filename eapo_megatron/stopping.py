@@ -17,6 +17,12 @@ EXIT_INTERRUPTED = os.EX_TEMPFAIL  # 75: nothing is wrong, start it again
 _PR_SET_PDEATHSIG = 1
 
 
+class TrainingStoppedError(RuntimeError):
+    """A run that cannot go on, found on all ranks alike; its last checkpoint is intact."""
+
+    exit_code = 1
+
+
 class StopRequest:
     """Whether this process has been asked to stop since this was made."""
 

@@ -20,18 +20,12 @@ from eapo_megatron.records.stopwatch import Stopwatch
 from eapo_megatron.rollout.engine import open_engine
 from eapo_megatron.rollout.rollouts import Rollouts, Sampler
 from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
-from eapo_megatron.stopping import EXIT_INTERRUPTED, StopRequest
+from eapo_megatron.stopping import EXIT_INTERRUPTED, StopRequest, TrainingStoppedError
 from eapo_megatron.training.preflight import Ingredients
 from eapo_megatron.training.warm_start import warm_start
 from eapo_megatron.weights.assets import save_run_assets
 from eapo_megatron.weights.export import export_weights
 from eapo_megatron.weights.huggingface import weight_source
-
-
-class TrainingStoppedError(RuntimeError):
-    """A run that cannot go on; its last checkpoint is intact."""
-
-    exit_code = 1
 
 
 class InterruptedRunError(TrainingStoppedError):
@@ -176,7 +170,8 @@ def open_run(recipe: Recipe, ingredients: Ingredients, runtime: Runtime, stop_re
         optimizer = build_optimizer(policy, recipe.optimizer)
         if steps:
             progress = Progress.of_state(checkpoints.load(steps[-1], policy, optimizer.megatron, optimizer.schedule))
-        engine = open_engine(policy, recipe.rollout, ingredients.tokenizer)
+        engine = open_engine(policy, recipe, ingredients.tokenizer)
+        stack.callback(engine.close)
         sampler = stack.enter_context(
             Sampler(engine, recipe, ingredients.tokenizer, runtime, stop_token_ids=ingredients.stop_token_ids)
         )
