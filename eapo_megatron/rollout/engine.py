@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
-from eapo_megatron.config import RecipeError, Rollout
+from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.policy.responses import Responses
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from eapo_megatron.policy.policy_model import Policy
 
 # The module of each engine by its name in `rollout.engine`; it has
-# open_engine(policy, rollout: config.Rollout, tokenizer) -> RolloutEngine.
-ENGINES = {"megatron": "eapo_megatron.rollout.megatron_engine"}
+# open_engine(policy, recipe: config.Recipe, tokenizer) -> RolloutEngine.
+ENGINES = {"megatron": "eapo_megatron.rollout.megatron_engine", "vllm": "eapo_megatron.rollout.vllm_engine"}
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,32 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Ends what the engine has started."""
+        ...
 
-def check_engine(name: str) -> None:
-    """Refuses an unknown engine.
+
+def check_engine(recipe: Recipe) -> None:
+    """Refuses an unknown engine, and one that this environment cannot run.
 
     Raises:
-        RecipeError: naming the key and the known engines.
+        RecipeError: naming the key.
     """
+    name = recipe.rollout.engine
     if name not in ENGINES:
         raise RecipeError(f"rollout.engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    if name == "vllm":
+        from eapo_megatron.rollout.vllm_release import check_vllm
+
+        check_vllm(recipe)
+    elif recipe.rollout.verify_weights:
+        raise RecipeError(f"rollout.verify_weights needs an engine with weights of its own, which {name} has not")
 
 
-def open_engine(policy: Policy, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
-    """The recipe's engine, with the policy's weights."""
-    module = importlib.import_module(ENGINES[rollout.engine])
-    return cast(RolloutEngine, module.open_engine(policy, rollout, tokenizer))
+def open_engine(policy: Policy, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
+    """The recipe's engine; weights come with its first `update_weights`."""
+    module = importlib.import_module(ENGINES[recipe.rollout.engine])
+    return cast(RolloutEngine, module.open_engine(policy, recipe, tokenizer))
 
 
 def response_seed(seed: int, stream: str, position: int, sample: int) -> int:

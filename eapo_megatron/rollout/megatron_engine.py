@@ -19,7 +19,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from eapo_megatron.config import Rollout
+from eapo_megatron.config import Recipe
 from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.rollout.engine import SamplingParams
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def open_engine(policy: Policy, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> MegatronEngine:
+def open_engine(policy: Policy, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MegatronEngine:
     """The engine under the recipe's settings."""
-    return MegatronEngine(policy, pad_token_id=tokenizer.pad_token_id, max_batch_size=rollout.max_batch_size)
+    return MegatronEngine(policy, pad_token_id=tokenizer.pad_token_id, max_batch_size=recipe.rollout.max_batch_size)
 
 
 class MegatronEngine:
@@ -46,6 +46,9 @@ class MegatronEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes the version alone: the engine shares the policy's parameters."""
         self.version = version
+
+    def close(self) -> None:
+        """It holds nothing of its own."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams

@@ -64,7 +64,7 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         RecipeError: one sentence naming the key, the file or the tensor; `source` is the recipe's file.
     """
     try:
-        check_engine(recipe.rollout.engine)
+        check_engine(recipe)
         hf_config = hf_config_of(recipe.model, source=source)
         check_layout(recipe.parallel, hf_config, world_size)
         check_lengths(recipe, hf_config)

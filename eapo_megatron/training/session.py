@@ -193,7 +193,8 @@ def open_run(
         if resume_step is not None:
             state = checkpoints.load(resume_step, policy, optimizer.megatron, optimizer.schedule)
             progress = Progress.of_state(state)
-        engine = open_engine(policy, recipe.rollout, ingredients.tokenizer)
+        engine = open_engine(policy, recipe, ingredients.tokenizer)
+        stack.callback(engine.close)
         sampler = stack.enter_context(
             Sampler(engine, recipe, ingredients.tokenizer, runtime, stop_token_ids=ingredients.stop_token_ids)
         )

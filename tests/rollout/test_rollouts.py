@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from eapo_megatron.config import Recipe, RecipeError, Rollout
+from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.data import Prompt, PromptSet, prompt_indices
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.records.samples import describe_samples
@@ -88,13 +88,18 @@ def test_samples_are_the_first_response_of_the_first_groups() -> None:
 
 def test_an_engine_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("an_engine")
-    module.open_engine = lambda policy, rollout, tokenizer: (policy, rollout.max_batch_size, tokenizer)  # type: ignore[attr-defined]
+    module.open_engine = lambda policy, recipe, tokenizer: (policy, recipe.rollout.max_batch_size, tokenizer)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "an_engine", module)
     monkeypatch.setitem(ENGINES, "mine", "an_engine")
-    check_engine("mine")
-    assert open_engine("policy", Rollout(engine="mine", max_batch_size=3), "tokenizer") == ("policy", 3, "tokenizer")  # type: ignore[arg-type,comparison-overlap]
-    with pytest.raises(RecipeError, match=r"rollout\.engine must be one of megatron, mine, got 'yours'"):
-        check_engine("yours")
+
+    def recipe(engine: str) -> Recipe:
+        parts = {"name": "run", "model": {"path": "model"}, "data": {"task": "arithmetic"}}
+        return Recipe.model_validate({**parts, "rollout": {"engine": engine, "max_batch_size": 3}})
+
+    check_engine(recipe("mine"))
+    assert open_engine("policy", recipe("mine"), "tokenizer") == ("policy", 3, "tokenizer")  # type: ignore[arg-type,comparison-overlap]
+    with pytest.raises(RecipeError, match=r"rollout\.engine must be one of megatron, vllm, mine, got 'yours'"):
+        check_engine(recipe("yours"))
 
 
 class Drawn(Sampler):

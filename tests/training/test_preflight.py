@@ -234,7 +234,7 @@ def test_a_run_folder_of_another_experiment(tmp_path: Path) -> None:
 
 
 def test_unknown_engines_and_missing_trackers_are_refused(tmp_path: Path) -> None:
-    assert "rollout.engine must be one of megatron, got 'vllm'" in refusal(tmp_path, rollout={"engine": "vllm"})
+    assert "rollout.engine must be one of megatron, vllm, got 'hf'" in refusal(tmp_path, rollout={"engine": "hf"})
     assert "logging.wandb_project needs the package wandb" in refusal(tmp_path, logging={"wandb_project": "p"})
 
 

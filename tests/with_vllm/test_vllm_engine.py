@@ -1,0 +1,118 @@
+"""The real vLLM behind the engine protocol: sampling, log-probs, new weights, and updates that are not complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import free_port
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+from small_models import VOCAB_SIZE, log_probs, log_softmax, reference, write_model
+
+from eapo_megatron.config import Parallel, Recipe
+from eapo_megatron.policy.policy_model import Policy, open_policy
+from eapo_megatron.policy.runtime import start_runtime, stop_runtime
+from eapo_megatron.rollout.engine import SamplingParams
+from eapo_megatron.rollout.vllm_engine import VLLMEngine, open_engine
+from eapo_megatron.weights.assets import save_run_assets
+from eapo_megatron.weights.export import export_weights
+from eapo_megatron.weights.huggingface import hf_config_of, weight_source
+
+LONG_PROMPT = [(7 * i) % VOCAB_SIZE for i in range(100)]  # several blocks of the prefix cache
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    """A Hugging Face folder and its float64 reference, loaded before Megatron's stand-ins for torch.cuda are there."""
+    folder = write_model(tmp_path_factory.mktemp("model"), "tied")
+    return folder, reference(folder)
+
+
+@pytest.fixture(scope="module")
+def float64(model: tuple[Path, torch.nn.Module]) -> torch.nn.Module:
+    return model[1]
+
+
+@pytest.fixture(scope="module")
+def recipe(model: tuple[Path, torch.nn.Module]) -> Recipe:
+    folder, _ = model
+    return Recipe.model_validate(
+        {
+            "name": "run",
+            "model": {"path": str(folder), "dtype": "float32"},
+            "data": {"task": "arithmetic", "max_prompt_tokens": 128},
+            "rollout": {"engine": "vllm", "max_response_tokens": 64, "max_batch_size": 16, "vllm": {"bucket_mb": 1}},
+            "logging": {"run_dir": str(folder.parent)},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def policy(recipe: Recipe) -> Iterator[Policy]:
+    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    os.environ |= {key: str(value) for key, value in world.items()}
+    runtime = start_runtime(Parallel(), seed=1)
+    hf_config = hf_config_of(recipe.model, source="test")
+    save_run_assets(recipe.run_folder, recipe.model, hf_config, None)  # type: ignore[arg-type]
+    yield open_policy(hf_config, recipe.model, Parallel(), runtime, weight_source(recipe.model, hf_config, 1))
+    stop_runtime()
+    for key in world:
+        del os.environ[key]
+
+
+@pytest.fixture(scope="module")
+def engine(policy: Policy, recipe: Recipe) -> Iterator[VLLMEngine]:
+    engine = open_engine(policy, recipe, None)  # type: ignore[arg-type]
+    engine.update_weights(export_weights(policy.modules, policy.hf_config), 3)
+    yield engine
+    engine.close()
+
+
+def test_log_probs_are_of_the_full_softmax(engine: VLLMEngine, float64: torch.nn.Module) -> None:
+    prompts, seeds = [[5, 6, 7, 8], [9]], [[1, 2, 3], [4, 5, 6]]
+    sampling = SamplingParams(temperature=0.7, top_p=0.9, top_k=20, max_response_tokens=12)
+    responses = engine.generate(prompts, seeds, sampling)
+    assert responses.versions.tolist() == [3] * 6
+    assert responses.lengths.tolist() == [12] * 6
+    outside = 0
+    for row, (tokens, got) in enumerate(zip(responses.token_lists(), responses.log_prob_lists(), strict=True)):
+        expected = log_probs(float64, prompts[row // 3], tokens, 0.7)
+        torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), expected, atol=1e-4, rtol=0)
+        distribution = log_softmax(float64, prompts[row // 3], tokens, 0.7).exp()
+        above = (distribution * (distribution > expected.exp().unsqueeze(-1) + 1e-6)).sum(-1)
+        assert (above < 0.9).all()  # the nucleus
+        outside += int((distribution < 0.05).sum())
+    assert outside  # top-p has something to leave out
+
+
+def test_a_response_depends_on_its_seed_alone(engine: VLLMEngine) -> None:
+    sampling = SamplingParams(max_response_tokens=10)
+    together = engine.generate([[5, 6], [7, 8, 9]], [[11, 12, 11], [11, 13]], sampling).token_lists()
+    assert together[0] == together[2] != together[1]
+    alone = engine.generate([[7, 8, 9]], [[13]], sampling).token_lists()
+    assert alone == [together[4]]
+
+
+def test_stop_tokens_end_a_response(engine: VLLMEngine) -> None:
+    stops = tuple(range(0, VOCAB_SIZE, 4))
+    responses = engine.generate(
+        [[5, 6]], [list(range(12))], SamplingParams(max_response_tokens=6, stop_token_ids=stops)
+    )
+    for tokens, finished in zip(responses.token_lists(), responses.finished.tolist(), strict=True):
+        assert finished == (tokens[-1] in stops)
+        assert finished or len(tokens) == 6
+        assert not set(tokens[:-1]) & set(stops)
+    assert responses.finished.any()
+    at_once = engine.generate([[5, 6]], [[0]], SamplingParams(max_response_tokens=6, stop_token_ids=tuple(range(37))))
+    assert at_once.lengths.tolist() == [1]  # a response of nothing but its stop
+    assert at_once.finished.all()
+
+
+def test_no_prompts_give_no_responses(engine: VLLMEngine) -> None:
+    assert len(engine.generate([], [], SamplingParams())) == 0
