@@ -27,6 +27,8 @@ class Batch:
     rewards: Tensor  # float32 [N]
     rollout_log_probs: Tensor  # float32 [N, T]: the sampler's
     finished: Tensor  # bool [N]
+    kept_mass: Tensor | None = None  # float32 [N, T], of the sampler's top-k and top-p; None: the engine does not tell
+    rollout_entropies: Tensor | None = None  # float32 [N, T], nats: the sampler's; None: it was not asked
 
     @property
     def size(self) -> int:
@@ -91,15 +93,22 @@ def make_batch(
 ) -> Batch:
     """The batch of responses to `prompts`; `group_ids` (int64 [N], ascending) says which prompt each one answers."""
     mask = torch.arange(int(responses.lengths.max())) < responses.lengths.unsqueeze(-1)
-    log_probs = torch.zeros(mask.shape).masked_scatter(mask, responses.log_probs)
+
+    def at_rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else torch.zeros(mask.shape).masked_scatter(mask, values).to(device)
+
+    log_probs = at_rows(responses.log_probs)
+    assert log_probs is not None
     return Batch(
         prompts=[list(prompts[group]) for group in group_ids.tolist()],
         responses=responses,
         mask=mask.to(device),
         group_ids=group_ids.to(device),
         rewards=rewards.to(device, torch.float32),
-        rollout_log_probs=log_probs.to(device),
+        rollout_log_probs=log_probs,
         finished=responses.finished.to(device),
+        kept_mass=at_rows(responses.kept_mass),
+        rollout_entropies=at_rows(responses.entropies),
     )
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+OF_RESPONSES = ("lengths", "finished", "versions")  # the fields with one number a response; the others have one a token
+
 
 @dataclass(frozen=True)
 class Responses:
-    """N responses on the CPU, the tokens of one behind those of another: M tokens in all."""
+    """N responses on the CPU, the tokens of one behind those of another: M tokens in all.
+
+    An optional field is None where the engine does not know it: on all ranks and in all parts, or in none.
+    """
 
     lengths: Tensor  # int64 [N]
     tokens: Tensor  # int32 [M], the stop token among them
-    log_probs: Tensor  # float32 [M], the sampler's own, after temperature, top-k and top-p
+    log_probs: Tensor  # float32 [M], of the full softmax at the sampling temperature, whatever top-k and top-p left out
     finished: Tensor  # bool [N]: ended with a stop token, which is the last; else cut at the maximum length
     versions: Tensor  # int64 [N], of the weights that the response was sampled from
+    kept_mass: Tensor | None = None  # float32 [M], the full softmax's mass of the tokens that top-k and top-p kept
+    entropies: Tensor | None = None  # float32 [M], nats, of the full softmax at the sampling temperature
 
     @classmethod
     def of_lists(
@@ -43,12 +50,17 @@ class Responses:
     @classmethod
     def concatenated(cls, parts: Sequence[Responses]) -> Responses:
         """All responses of the parts, in their order."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        return parts[0]._mapped(lambda name, _: torch.cat([getattr(part, name) for part in parts]))
 
     @classmethod
     def gathered(cls, own: Responses, gather: Callable[[Tensor], list[Tensor]]) -> Responses:
         """The responses of all ranks, where `gather` gives every rank's tensor."""
-        return cls(*(torch.cat(gather(getattr(own, field.name))) for field in fields(cls)))
+        return own._mapped(lambda _, values: torch.cat(gather(values)))
+
+    def _mapped(self, change: Callable[[str, Tensor], Tensor]) -> Responses:
+        """Each known field changed, given its name and values."""
+        known = {field.name: values for field in fields(self) if (values := getattr(self, field.name)) is not None}
+        return replace(self, **{name: change(name, values) for name, values in known.items()})
 
     def __len__(self) -> int:
         return self.lengths.numel()
@@ -65,7 +77,7 @@ class Responses:
         lengths = self.lengths[rows]
         shift = self.starts[rows] - (lengths.cumsum(0) - lengths)
         places = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
-        return Responses(lengths, self.tokens[places], self.log_probs[places], self.finished[rows], self.versions[rows])
+        return self._mapped(lambda name, values: values[rows if name in OF_RESPONSES else places])
 
     def token_lists(self) -> list[list[int]]:
         """The tokens of each response."""

@@ -28,13 +28,18 @@ ENGINES = {"megatron": "eapo_megatron.rollout.megatron_engine", "vllm": "eapo_me
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are drawn. `top_k` 0 is off; `stop_token_ids` end a response and belong to it."""
+    """How responses are drawn. `top_k` 0 is off; `stop_token_ids` end a response and belong to it.
+
+    Whatever `top_p` and `top_k` leave out, log-probs are those of the full softmax at `temperature`. `entropies` asks
+    for its entropies too, of an engine that gives them.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     max_response_tokens: int = 1024
     stop_token_ids: tuple[int, ...] = ()
+    entropies: bool = False
 
 
 class RolloutEngine(Protocol):

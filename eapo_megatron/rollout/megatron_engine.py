@@ -10,6 +10,7 @@ a row, whose tokens nobody reads, until all are done.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from eapo_megatron.config import Recipe
 from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.rollout.engine import SamplingParams
-from eapo_megatron.rollout.sampling import draw, filtered_log_probs, response_uniforms
+from eapo_megatron.rollout.sampling import response_uniforms, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,10 @@ class MegatronEngine:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Responses:
         """For each prompt one response a seed, on every rank of the model replica."""
-        responses = [Responses.of_lists([])]
+        nothing = torch.zeros(0)
+        responses = [
+            replace(Responses.of_lists([]), kept_mass=nothing, entropies=nothing if sampling.entropies else None)
+        ]
         batches = list(self._batches(seeds))
         idle = self._largest_of_replicas(len(batches)) - len(batches)
         with self.policy.inference():
@@ -101,16 +105,17 @@ class MegatronEngine:
         uniforms = response_uniforms(flat_seeds, length).to(device)
         count = len(flat_seeds)
         tokens = torch.zeros(count, length, dtype=torch.int64, device=device)
-        log_probs = torch.zeros(count, length, device=device)
+        # What the last stage tells of each token: log-prob, kept mass and, where asked for, entropy.
+        told = torch.zeros(2 + sampling.entropies, count, length, device=device)
         lengths = torch.full((count,), length, device=device)
         stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
         active = torch.arange(count, device=device)  # the response in each row of the batch
         running = torch.full((count,), not idle, device=device)  # rows of the batch not yet done
 
         for step in range(length):
-            drawn, drawn_log_probs = self._draw(logits, uniforms[active, step], sampling)
+            drawn, told_of_drawn = self._draw(logits, uniforms[active, step], sampling)
             tokens[active[running], step] = drawn[running]
-            log_probs[active[running], step] = drawn_log_probs[running]
+            told[:, active[running], step] = told_of_drawn[:, running]
             stopped = running & torch.isin(drawn, stops)
             lengths[active[stopped]] = step + 1
             running = running & ~stopped
@@ -126,15 +131,18 @@ class MegatronEngine:
             mask = (columns < padding.unsqueeze(-1))[:, None, None, :]
             logits = self._forward(drawn.unsqueeze(-1), mask, context)
 
-        log_probs = self._from_last_stage(log_probs)
+        told = self._from_last_stage(told)
         last = tokens.gather(1, (lengths - 1).unsqueeze(-1)).squeeze(-1)
         written = torch.arange(length, device=device) < lengths.unsqueeze(-1)
+        log_probs, kept_mass, *entropies = told[:, written].cpu()
         return Responses(
             lengths=lengths.cpu(),
             tokens=tokens[written].int().cpu(),
-            log_probs=log_probs[written].cpu(),
+            log_probs=log_probs,
             finished=torch.isin(last, stops).cpu(),
             versions=torch.full((count,), self.version),
+            kept_mass=kept_mass,
+            entropies=entropies[0] if entropies else None,
         )
 
     def _largest_of_replicas(self, value: int) -> int:
@@ -169,13 +177,15 @@ class MegatronEngine:
         return gather_from_tensor_model_parallel_region(output)[:, : policy.vocab_size]
 
     def _draw(self, logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-        """Tokens [B] on every rank, and their log-probs [B] on the last stage."""
+        """Tokens [B] on every rank, and float32 [2 or 3, B] that the last stage tells of them."""
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            tokens, log_probs = draw(filtered_log_probs(logits, sampling), uniforms)
+            drawn = sample(logits, uniforms, sampling)
+            tokens, known = drawn.tokens, [drawn.log_probs, drawn.kept_mass]
+            told = torch.stack(known if drawn.entropies is None else [*known, drawn.entropies])
         else:
             tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
-            log_probs = torch.zeros_like(uniforms, dtype=torch.float32)
-        return self._from_last_stage(tokens), log_probs
+            told = torch.zeros(2 + sampling.entropies, *uniforms.shape, device=uniforms.device)
+        return self._from_last_stage(tokens), told
 
     def _from_last_stage(self, tensor: Tensor) -> Tensor:
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:

@@ -1,6 +1,8 @@
-"""Drawing tokens from logits: temperature, top-k, top-p, and the log-probability of what was drawn."""
+"""Drawing tokens from logits: temperature, top-k, top-p, and what is told of the token that was drawn."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,12 +10,36 @@ from torch import Tensor
 from eapo_megatron.rollout.engine import SamplingParams
 
 
-def filtered_log_probs(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Log-probabilities [B, V] (float32) of the sampler's own distribution: temperature, then top-k, then top-p.
+@dataclass(frozen=True)
+class Drawn:
+    """One token a row, [B] each; log-probs and entropies are of the full softmax at the sampling temperature."""
+
+    tokens: Tensor  # int64
+    log_probs: Tensor  # float32
+    kept_mass: Tensor  # float32, the softmax's mass of the tokens that top-k and top-p kept
+    entropies: Tensor | None  # float32, nats; None where they were not asked for
+
+
+def sample(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> Drawn:
+    """Draws one token from each row of logits [B, V] at `uniforms` [B]: top-k and top-p decide what can be drawn."""
+    full = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
+    kept = filtered_log_probs(full, sampling)
+    tokens, kept_log_probs = draw(kept, uniforms)
+    log_probs = full.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return Drawn(
+        tokens,
+        log_probs,
+        # The kept tokens' log-probs were all raised by -log S.
+        kept_mass=(log_probs - kept_log_probs).exp().clamp(max=1.0),
+        entropies=torch.special.entr(full.exp()).sum(dim=-1) if sampling.entropies else None,
+    )
+
+
+def filtered_log_probs(log_probs: Tensor, sampling: SamplingParams) -> Tensor:
+    """Log-probabilities [B, V] (float32) that tokens are drawn from: those of the full softmax after top-k, then top-p.
 
     Top-p keeps the smallest set of most probable tokens whose mass reaches `top_p`; the kept ones are renormalised.
     """
-    log_probs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
     if sampling.top_k > 0 and sampling.top_k < log_probs.shape[-1]:
         kth = log_probs.topk(sampling.top_k, dim=-1).values[:, -1:]
         log_probs = log_probs.masked_fill(log_probs < kth, -torch.inf)

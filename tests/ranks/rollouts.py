@@ -20,6 +20,8 @@ from layouts import RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS
 GREEDY = SamplingParams(top_k=1, max_response_tokens=RESPONSE_TOKENS)
 SAMPLED = SamplingParams(temperature=TEMPERATURE, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=STOP_TOKENS)
 
+FILTERED = replace(SAMPLED, temperature=1.5, top_k=12, top_p=0.8, entropies=True)
+
 
 def grouped(responses: Responses, seeds: Sequence[Sequence[int]]) -> list[list[Response]]:
     """One list a prompt."""
@@ -30,7 +32,7 @@ def grouped(responses: Responses, seeds: Sequence[Sequence[int]]) -> list[list[R
 
 
 def responses(policy: Policy) -> dict[str, Any]:
-    """Greedy and sampled responses, and the policy's own log-probs of those sampled without top-k and top-p."""
+    """Greedy and sampled responses, and the policy's own log-probs and entropies of those that were sampled."""
     engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=64)
     engine.update_weights((), version=7)
 
@@ -40,11 +42,13 @@ def responses(policy: Policy) -> dict[str, Any]:
         return grouped(drawn, ROLLOUT_SEEDS)
 
     sampled = generate(SAMPLED)
+    filtered = engine.generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, FILTERED)
     replicas = policy.runtime.gather_objects((policy.runtime.data_parallel_rank, repr(sampled)))
     return {
         "greedy": generate(GREEDY),
         "sampled": sampled,
-        "filtered": generate(replace(SAMPLED, temperature=1.5, top_k=12, top_p=0.8)),
+        "filtered": grouped(filtered, ROLLOUT_SEEDS),
+        "told_of_filtered": told(policy, filtered, FILTERED.temperature),
         "log_probs": both_log_probs(policy, ROLLOUT_PROMPTS, sampled, TEMPERATURE),
         "apart": apart(policy),
         "ranks_agree": len(set(replicas)) == policy.runtime.data_parallel_size,
@@ -62,6 +66,19 @@ def apart(policy: Policy) -> dict[int, list[Response]]:
         i: group
         for part in policy.runtime.gather_objects(dict(zip(mine, groups, strict=True)))
         for i, group in part.items()
+    }
+
+
+def told(policy: Policy, drawn: Responses, temperature: float) -> dict[str, Any]:
+    """What the engine tells of each token, [tokens] each; log-probs and entropies beside the worker's."""
+    groups = torch.tensor([index for index, seeds in enumerate(ROLLOUT_SEEDS) for _ in seeds])
+    batch = make_batch(ROLLOUT_PROMPTS, drawn, groups, torch.zeros(len(drawn)), policy.runtime.device)
+    worker = PolicyWorker(policy, micro_batch_size=4, temperature=temperature)
+    log_probs, entropies = worker.log_probs_and_entropies(batch)
+    return {
+        "log_probs": (drawn.log_probs, log_probs[batch.mask]),
+        "entropies": (drawn.entropies, entropies[batch.mask]),
+        "kept_mass": drawn.kept_mass,
     }
 
 

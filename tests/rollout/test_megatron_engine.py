@@ -45,9 +45,12 @@ def test_greedy_responses_are_those_of_transformers(name: str, measured: Measure
         generated = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=RESPONSE_TOKENS, pad_token_id=0
         )[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + generated])).logits[0, len(prompt) - 1 : -1]
+        log_probs = logits.log_softmax(-1).max(-1).values.tolist()
         for response in group:
             assert response.tokens == generated
-            assert response.log_probs == [0.0] * RESPONSE_TOKENS
+            assert response.log_probs == pytest.approx(log_probs, abs=2e-5)
             assert not response.finished
 
 
@@ -88,6 +91,34 @@ def test_rollout_log_probs_are_the_policys(name: str, measured: Measured) -> Non
     of_engine, of_worker = measured(name)["rollouts"]["log_probs"]
     assert len(of_engine) > 20
     torch.testing.assert_close(of_engine, of_worker, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_what_is_told_of_a_filtered_draw_is_of_the_full_softmax(name: str, measured: Measured) -> None:
+    """Log-probs and entropies are those of the forward that training would run: `old_policy: rollout` spares it."""
+    told = measured(name)["rollouts"]["told_of_filtered"]
+    for kind in ("log_probs", "entropies"):
+        of_engine, of_worker = told[kind]
+        assert len(of_engine) > 20
+        torch.testing.assert_close(of_engine, of_worker, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_the_kept_mass_is_the_softmaxs_over_the_kept_tokens(name: str, measured: Measured) -> None:
+    """By transformers in float64: the 12 most probable tokens, of these the fewest that hold 0.8 of their mass."""
+    model = copy.deepcopy(tiny_model(LAYOUTS[name].model)).double()
+    rollouts = measured(name)["rollouts"]
+    expected = []
+    for prompt, group in zip(ROLLOUT_PROMPTS, rollouts["filtered"], strict=True):
+        for response in group:
+            with torch.no_grad(), one_thread():
+                logits = model(torch.tensor([prompt + response.tokens])).logits[0, len(prompt) - 1 : -1]
+            for row in (logits / 1.5).softmax(-1).tolist():
+                best = sorted(row, reverse=True)[:12]
+                count = next(n for n in range(1, 13) if sum(best[:n]) >= 0.8 * sum(best))
+                expected.append(sum(best[:count]))
+    assert min(expected) < 0.9
+    assert rollouts["told_of_filtered"]["kept_mass"].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_rollout_log_probs_are_the_policys_at_temperature_1(measured: Measured) -> None:

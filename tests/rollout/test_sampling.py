@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eapo_megatron.rollout.engine import SamplingParams, response_seed
-from eapo_megatron.rollout.sampling import draw, filtered_log_probs, response_uniforms
+from eapo_megatron.rollout.sampling import draw, filtered_log_probs, response_uniforms, sample
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 
@@ -41,7 +41,8 @@ def reference(logits: list[float], temperature: float, top_k: int, top_p: float)
 )
 def test_filtered_distribution(rows: int, vocab: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
-    actual = filtered_log_probs(logits, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
+    full = (logits / temperature).log_softmax(-1)
+    actual = filtered_log_probs(full, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
     assert actual.dtype == torch.float32
     near = [[reference(row, temperature, top_k, p) for row in logits.tolist()] for p in (top_p - 1e-5, top_p + 1e-5)]
     assume(top_p == 1 or [[x > 0 for x in row] for row in near[0]] == [[x > 0 for x in row] for row in near[1]])
@@ -54,10 +55,10 @@ def test_filtered_distribution(rows: int, vocab: int, temperature: float, top_k:
 
 
 def test_top_p_keeps_the_token_that_reaches_the_mass() -> None:
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    log_probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
     def kept(top_p: float) -> list[int]:
-        return filtered_log_probs(logits, SamplingParams(top_p=top_p)).isfinite()[0].nonzero().flatten().tolist()
+        return filtered_log_probs(log_probs, SamplingParams(top_p=top_p)).isfinite()[0].nonzero().flatten().tolist()
 
     assert kept(0.01) == [0]
     assert kept(0.49) == [0]
@@ -68,8 +69,54 @@ def test_top_p_keeps_the_token_that_reaches_the_mass() -> None:
 
 
 def test_top_k_1_is_certain() -> None:
-    log_probs = filtered_log_probs(torch.tensor([[0.1, 2.0, -1.0]]), SamplingParams(top_k=1, temperature=0.3))
-    assert log_probs.tolist() == [[-math.inf, 0.0, -math.inf]]
+    full = torch.tensor([[0.1, 2.0, -1.0]]).log_softmax(-1)
+    assert filtered_log_probs(full, SamplingParams(top_k=1)).tolist() == [[-math.inf, 0.0, -math.inf]]
+
+
+@given(
+    vocab=st.integers(1, 40),
+    temperature=st.floats(0.2, 3.0),
+    top_k=st.integers(0, 45),
+    top_p=st.floats(0.05, 1.0),
+    seed=st.integers(0, 2**31),
+)
+def test_log_probs_and_entropies_are_of_the_full_softmax(
+    vocab: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    """Against float64, whatever top-k and top-p leave out; the kept mass is that of the tokens they keep."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, vocab, generator=generator) * 3
+    uniforms = torch.rand(4, generator=generator, dtype=torch.float64)
+    near = [[reference(row, temperature, top_k, p) for row in logits.tolist()] for p in (top_p - 1e-5, top_p + 1e-5)]
+    assume(top_p == 1 or [[x > 0 for x in row] for row in near[0]] == [[x > 0 for x in row] for row in near[1]])
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, entropies=True)
+    drawn = sample(logits, uniforms, sampling)
+    assert drawn.entropies is not None
+    for i, row in enumerate(logits.tolist()):
+        everything = reference(row, temperature, 0, 1.0)
+        kept = [x > 0 for x in reference(row, temperature, top_k, top_p)]
+        token = int(drawn.tokens[i])
+        assert kept[token]
+        # Of values of up to 13 / temperature, in float32.
+        bound = (8 * 13 / temperature + 64) * 2.0**-24
+        assert float(drawn.log_probs[i]) == pytest.approx(math.log(everything[token]), abs=bound)
+        mass = math.fsum(x for x, is_kept in zip(everything, kept, strict=True) if is_kept)
+        assert float(drawn.kept_mass[i]) == pytest.approx(mass, rel=2 * bound)
+        entropy = -math.fsum(x * math.log(x) for x in everything if x > 0)
+        assert float(drawn.entropies[i]) == pytest.approx(entropy, abs=2 * bound)
+
+
+def test_without_top_p_and_top_k_nothing_changes() -> None:
+    """Bit for bit: what is told of a token is what it was drawn from, and all mass was kept."""
+    generator = torch.Generator().manual_seed(3)
+    logits, uniforms = torch.randn(50, 300, generator=generator) * 4, torch.rand(50, generator=generator)
+    sampling = SamplingParams(temperature=0.7)
+    drawn = sample(logits, uniforms, sampling)
+    tokens, log_probs = draw(filtered_log_probs((logits / 0.7).log_softmax(-1), sampling), uniforms)
+    assert torch.equal(drawn.tokens, tokens)
+    assert torch.equal(drawn.log_probs, log_probs)
+    assert torch.equal(drawn.kept_mass, torch.ones(50))
+    assert drawn.entropies is None
 
 
 def test_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
@@ -96,7 +143,7 @@ def test_draw_never_takes_a_token_of_probability_zero(weights: list[float], unif
 def test_draw_stays_within_the_kept_tokens(seed: int, vocab: int, top_p: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(6, vocab, generator=generator) * 8
-    log_probs = filtered_log_probs(logits, SamplingParams(top_p=top_p))
+    log_probs = filtered_log_probs(logits.log_softmax(-1), SamplingParams(top_p=top_p))
     uniforms = torch.tensor([0.0, ALMOST_ONE, *torch.rand(4, generator=generator).tolist()], dtype=torch.float64)
     assert draw(log_probs, uniforms)[1].isfinite().all()
 
