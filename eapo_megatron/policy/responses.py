@@ -57,6 +57,19 @@ class Responses:
         """The responses of all ranks, where `gather` gives every rank's tensor."""
         return own._mapped(lambda _, values: torch.cat(gather(values)))
 
+    @classmethod
+    def from_leader(cls, own: Responses, share: Callable[[Tensor], Tensor]) -> Responses:
+        """The leader's responses on every rank of its replica, where `share` gives the leader's tensor.
+
+        The other ranks give responses with the same fields, such as none at all.
+        """
+
+        def shared(_: str, values: Tensor) -> Tensor:
+            count = int(share(torch.tensor(len(values))))
+            return share(values if len(values) == count else values.new_zeros(count))
+
+        return own._mapped(shared)
+
     def _mapped(self, change: Callable[[str, Tensor], Tensor]) -> Responses:
         """Each known field changed, given its name and values."""
         known = {field.name: values for field in fields(self) if (values := getattr(self, field.name)) is not None}

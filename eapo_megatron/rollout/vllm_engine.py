@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,7 +126,7 @@ class VLLMEngine:
             if not self._revive():
                 break
         own = responses_of([answer for answer in answers if answer is not None])
-        return self._from_leader(own)
+        return Responses.from_leader(own, self.policy.runtime.from_replica_leader)
 
     def sample_here(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
@@ -277,16 +277,6 @@ class VLLMEngine:
             return DiskTransport(folder)
         return SharedMemoryTransport()
 
-    def _from_leader(self, own: Responses) -> Responses:
-        """The leader's responses on every rank of its replica."""
-        runtime = self.policy.runtime
-        shared = []
-        for field in fields(Responses):
-            tensor: Tensor = getattr(own, field.name)
-            length = int(runtime.from_replica_leader(torch.tensor(len(tensor))))
-            shared.append(runtime.from_replica_leader(tensor if len(tensor) == length else tensor.new_zeros(length)))
-        return Responses(*shared)
-
 
 def _requests(
     prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
@@ -303,4 +293,4 @@ def responses_of(answers: Sequence[Answer]) -> Responses:
         finished=[answer.finished for answer in answers],
     )
     versions = torch.tensor([answer.version for answer in answers], dtype=torch.int64)
-    return Responses(*(versions if f.name == "versions" else getattr(responses, f.name) for f in fields(Responses)))
+    return replace(responses, versions=versions)
