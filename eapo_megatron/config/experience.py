@@ -83,6 +83,10 @@ class Rollout(Section):
     """Samples from this many most probable tokens; 0: from all."""
     stop_token_ids: list[int] = Field([])
     """Token ids that end a response, beside the tokenizer's and generation_config.json's ends of sequence."""
+    max_staleness: int = Field(0, ge=0, le=1000)
+    """Weight updates that a response may be behind when it is trained on; 0: sampled when asked for, nothing ahead."""
+    requests_in_flight: Literal["keep", "wait", "abort"] = "keep"
+    """When weights change, responses go on with the new ones (keep), end before (wait) or begin anew (abort)."""
     max_batch_size: int = Field(256, ge=1)
     """Responses decoded together on one model replica, or one server of vLLM; less needs less memory."""
     verify_weights: bool = False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from eapo_megatron.config import Evaluation
 from eapo_megatron.data import Prompt
 from eapo_megatron.rollout.engine import response_seed
-from eapo_megatron.rollout.rollouts import Rollouts, Sampler
+from eapo_megatron.rollout.rollouts import Draw, Rollouts, Sampler
 
 
 def evaluate(sampler: Sampler, prompts: Sequence[Prompt], settings: Evaluation, seed: int) -> Rollouts:
@@ -17,4 +17,4 @@ def evaluate(sampler: Sampler, prompts: Sequence[Prompt], settings: Evaluation, 
         for prompt in prompts
     ]
     sampling = sampler.sampling(temperature=settings.temperature, top_p=settings.top_p)
-    return sampler.sample(prompts, seeds, sampling)
+    return sampler.sample(Draw(list(prompts), seeds, sampling))

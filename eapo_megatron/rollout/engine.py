@@ -43,7 +43,12 @@ class SamplingParams:
 
 
 class RolloutEngine(Protocol):
-    """What the training loop asks of an engine; every rank calls it together."""
+    """What the training loop asks of an engine; every rank calls it together.
+
+    `version` is that of the weights that it samples from.
+    """
+
+    version: int
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
@@ -64,6 +69,32 @@ class RolloutEngine(Protocol):
         ...
 
 
+class AsynchronousEngine(RolloutEngine, Protocol):
+    """An engine that samples beside training, in processes of its own."""
+
+    def sample_here(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> Responses:
+        """`generate` for a replica's leader alone, from any thread: no other rank takes part.
+
+        Raises:
+            EngineLostError: when nothing is left that could answer, or after `drop_requests`.
+        """
+        ...
+
+    def restore(self) -> bool:
+        """Brings back what was lost, with the current weights; every rank calls it together -> whether any was."""
+        ...
+
+    def drop_requests(self) -> None:
+        """Ends every `sample_here` that is under way, and all later ones, for good."""
+        ...
+
+
+class EngineLostError(RuntimeError):
+    """An engine, or a part of it, that is gone, does not answer in time or has failed: another may do its work."""
+
+
 def check_engine(recipe: Recipe) -> None:
     """Refuses an unknown engine, and one that this environment cannot run.
 
@@ -77,6 +108,8 @@ def check_engine(recipe: Recipe) -> None:
         from eapo_megatron.rollout.vllm_release import check_vllm
 
         check_vllm(recipe)
+    elif recipe.rollout.max_staleness:
+        raise RecipeError(f"rollout.max_staleness needs an engine in processes of its own, such as vllm, not {name}")
     elif recipe.rollout.verify_weights:
         raise RecipeError(f"rollout.verify_weights needs an engine with weights of its own, which {name} has not")
 

@@ -5,7 +5,8 @@ Each model replica samples and verifies its share of the prompts; all ranks get 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
@@ -92,6 +93,28 @@ class Rollouts:
         )
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Prompts with a seed for each of their responses, and how these are drawn."""
+
+    prompts: list[Prompt]
+    seeds: list[list[int]]
+    sampling: SamplingParams
+
+    @property
+    def size(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        return [prompt.token_ids for prompt in self.prompts]
+
+    def of_replica(self, runtime: Runtime) -> Draw:
+        """The part of this rank's model replica: replica r of n has the prompts r, r + n, ..."""
+        rank, size = runtime.data_parallel_rank, runtime.data_parallel_size
+        return Draw(self.prompts[rank::size], self.seeds[rank::size], self.sampling)
+
+
 class Sampler:
     """Samples from an engine and verifies with the recipe's reward; a context manager (it owns verifier processes)."""
 
@@ -110,6 +133,7 @@ class Sampler:
         self._max_response_tokens = recipe.rollout.max_response_tokens
         self._stop_token_ids = tuple(stop_token_ids)
         reward = recipe.reward
+        self._one_at_a_time = threading.Lock()  # evaluation and rollouts ahead of it share the verifier
         self._pool = (
             RewardPool(
                 num_workers=reward.num_workers,
@@ -142,26 +166,38 @@ class Sampler:
             stop_token_ids=self._stop_token_ids,
         )
 
-    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: SamplingParams) -> Rollouts:
+    def sample(self, draw: Draw) -> Rollouts:
         """One group a prompt with one response a seed, the same on every rank."""
-        rank, size = self.runtime.data_parallel_rank, self.runtime.data_parallel_size
-        mine = range(rank, len(prompts), size)
-        own = self.engine.generate([prompts[p].token_ids for p in mine], [seeds[p] for p in mine], sampling)
-        verdicts = torch.zeros(len(own) + 1, dtype=torch.float64)  # rewards, and how many verifications failed
-        if self._pool is not None:
-            texts = [self.text(tokens) for tokens in own.token_lists()]
-            verdict = self._pool.score(texts, [prompts[p].answer for p in mine for _ in seeds[p]])
-            verdicts = torch.tensor([*verdict.rewards, verdict.timeouts + verdict.crashes], dtype=torch.float64)
+        own = draw.of_replica(self.runtime)
+        responses = self.engine.generate(own.token_ids, own.seeds, own.sampling)
+        return self.together(draw, responses, self.verdicts(own, responses))
+
+    def verdicts(self, own: Draw, responses: Responses) -> Tensor:
+        """Rewards of the replica's responses, and how many verifications failed: float64 [N + 1], zeros off its leader.
+
+        The leader may ask from any thread.
+        """
+        if self._pool is None:
+            return torch.zeros(len(responses) + 1, dtype=torch.float64)
+        texts = [self.text(tokens) for tokens in responses.token_lists()]
+        answers = [prompt.answer for prompt, seeds in zip(own.prompts, own.seeds, strict=True) for _ in seeds]
+        with self._one_at_a_time:
+            verdict = self._pool.score(texts, answers)
+        return torch.tensor([*verdict.rewards, verdict.timeouts + verdict.crashes], dtype=torch.float64)
+
+    def together(self, draw: Draw, own: Responses, verdicts: Tensor) -> Rollouts:
+        """The parts of all replicas on every rank, of each its responses and its leader's verdicts."""
         verdicts = self.runtime.from_replica_leader(verdicts)
         everything = Responses.gathered(own, self.runtime.gather_rows)
         rewards = torch.cat(self.runtime.gather_rows(verdicts[:-1]))
         failures = torch.cat(self.runtime.gather_rows(verdicts[-1:]))
 
         # Replica r has the prompts r, r + size, ...: back to the order of the prompts.
-        dealt = [p for replica in range(size) for p in range(replica, len(prompts), size)]
-        answered = torch.tensor([p for p in dealt for _ in seeds[p]], dtype=torch.int64)
+        size = self.runtime.data_parallel_size
+        dealt = [p for replica in range(size) for p in range(replica, draw.size, size)]
+        answered = torch.tensor([p for p in dealt for _ in draw.seeds[p]], dtype=torch.int64)
         order = answered.argsort(stable=True)
-        return Rollouts(list(prompts), everything.select(order), answered[order], rewards[order], int(failures.sum()))
+        return Rollouts(draw.prompts, everything.select(order), answered[order], rewards[order], int(failures.sum()))
 
     def text(self, tokens: list[int]) -> str:
         return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -180,38 +216,44 @@ class Collected:
         """Whether no log-prob of what was drawn is NaN or Inf: a policy that has diverged samples all the same."""
         return all(bool(part.responses.log_probs.isfinite().all()) for part in self.drawn)
 
-    def metrics(self, positive_threshold: float) -> dict[str, float]:
-        """The rounds, and solve rate and signal of all that was drawn, before any group is left out."""
+    def metrics(self, positive_threshold: float, version: int) -> dict[str, float]:
+        """Of all that was drawn, before any group is left out; staleness in updates of weights before `version`."""
         everything = Rollouts.concatenated(self.drawn)
+        staleness = (version - everything.responses.versions).double()
         return {
             "rollout/solve_rate": everything.solve_rate(positive_threshold),
             "rollout/rounds": len(self.drawn),
             "rollout/groups_without_signal": int((~everything.has_signal).sum()),
             "rollout/reward_failures": everything.reward_failures,
+            "rollout/staleness_mean": float(staleness.mean()),
+            "rollout/staleness_max": float(staleness.max()),
         }
 
 
-def collect(sampler: Sampler, prompts: PromptSet, recipe: Recipe, position: int) -> Collected:
+def training_draw(sampler: Sampler, prompts: PromptSet, recipe: Recipe, position: int) -> Draw:
+    """The round of training that begins with prompt `position` of its order."""
+    rollout, size = recipe.rollout, recipe.train.num_prompts_per_step
+    return Draw(
+        [prompts[index] for index in prompt_indices(recipe.seed, position, size, len(prompts))],
+        [
+            [response_seed(recipe.seed, "train", at, i) for i in range(rollout.num_generations_per_prompt)]
+            for at in range(position, position + size)
+        ],
+        sampler.sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k),
+    )
+
+
+def collect(sample_round: Callable[[int], Rollouts], recipe: Recipe, position: int) -> Collected:
     """The groups of one step, from prompt `position` of the order of training on.
 
     With several rounds groups without signal are replaced (DAPO's dynamic sampling, arXiv 2503.14476). Responses
     without a verdict are left out.
     """
-    rollout, wanted, rounds = (
-        recipe.rollout,
-        recipe.train.num_prompts_per_step,
-        recipe.algorithm.dynamic_sampling_rounds,
-    )
-    sampling = sampler.sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
+    wanted, rounds = recipe.train.num_prompts_per_step, recipe.algorithm.dynamic_sampling_rounds
     drawn: list[Rollouts] = []
     kept: list[Rollouts] = []
     while len(drawn) < rounds and sum(len(part.prompts) for part in kept) < wanted:
-        order = prompt_indices(recipe.seed, position, wanted, len(prompts))
-        seeds = [
-            [response_seed(recipe.seed, "train", at, i) for i in range(rollout.num_generations_per_prompt)]
-            for at in range(position, position + wanted)
-        ]
-        drawn.append(sampler.sample([prompts[index] for index in order], seeds, sampling))
+        drawn.append(sample_round(position))
         kept.append((drawn[-1].groups(drawn[-1].has_signal) if rounds > 1 else drawn[-1]).judged())
         position += wanted
     return Collected(Rollouts.concatenated(kept).first(wanted), drawn, position)

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eapo_megatron.rollout.engine import SamplingParams
+from eapo_megatron.rollout.engine import EngineLostError, SamplingParams
 
 InFlight = Literal["wait", "keep", "abort"]  # what becomes of requests when weights change, in vLLM's words
 
 
-class ServerLostError(RuntimeError):
-    """A server that is gone, does not answer in time or has failed: another may do its work."""
+class ServerLostError(EngineLostError):
+    """A server that is gone, does not answer in time or has failed."""
 
 
 class ServerRefusedError(RuntimeError):

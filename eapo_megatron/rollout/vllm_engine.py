@@ -84,7 +84,8 @@ class VLLMEngine:
     def __init__(self, policy: Policy, recipe: Recipe) -> None:
         self.policy = policy
         self.version = 0
-        self.in_flight: InFlight = "wait"  # what becomes of requests when weights change
+        self._in_flight: InFlight = recipe.rollout.requests_in_flight
+        self._dropping = False
         self.restarts = 0
         self._recipe = recipe
         self._settings = recipe.rollout.vllm
@@ -112,7 +113,7 @@ class VLLMEngine:
         """Sends the tensors to all servers, which then sample from them as `version`."""
         self.version = version
         self._send(named_tensors, [index for index in self._own if index not in self._lost])
-        self._revive()
+        self.restore()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
@@ -123,7 +124,7 @@ class VLLMEngine:
         answers: list[Answer | None] = [None] * len(requests)
         while True:
             self._answer(requests, answers)
-            if not self._revive():
+            if not self.restore():
                 break
         own = responses_of([answer for answer in answers if answer is not None])
         return Responses.from_leader(own, self.policy.runtime.from_replica_leader)
@@ -133,7 +134,7 @@ class VLLMEngine:
     ) -> Responses:
         """`generate` for the leader alone, from any thread: no other rank takes part.
 
-        Requests wait while weights are sent, and then do what `in_flight` says.
+        Requests wait while weights are sent, and then do what `rollout.requests_in_flight` says.
 
         Raises:
             ServerLostError: when this leader's servers are all lost; the next `update_weights` starts them again.
@@ -143,8 +144,18 @@ class VLLMEngine:
         self._answer(requests, answers)
         done = [answer for answer in answers if answer is not None]
         if len(done) < len(requests):
-            raise ServerLostError("; ".join(self._lost.values()))
+            raise ServerLostError("; ".join(self._lost.values()) or "requests are dropped")
         return responses_of(done)
+
+    def drop_requests(self) -> None:
+        """Ends every `sample_here` that is under way, and all later ones, for good."""
+        self._dropping = True
+        for server, client in self._clients.items():
+            try:
+                client.pause("abort")
+                client.resume()
+            except ServerLostError as error:
+                self._lose(server, client, str(error))
 
     def close(self) -> None:
         """Ends the servers that this run started."""
@@ -158,7 +169,7 @@ class VLLMEngine:
         while True:
             waiting = deque(index for index, answer in enumerate(answers) if answer is None)
             alive = [server for server in self._clients if server not in self._lost]
-            if not waiting or not alive:
+            if not waiting or not alive or self._dropping:
                 return
             each = min(self._recipe.rollout.max_batch_size, len(waiting))
             with ThreadPoolExecutor(max_workers=each * len(alive)) as pool:
@@ -173,7 +184,7 @@ class VLLMEngine:
     ) -> None:
         """One request after the other, until none waits or the server is lost."""
         client = self._clients[server]
-        while waiting and server not in self._lost:
+        while waiting and server not in self._lost and not self._dropping:
             try:
                 index = waiting.popleft()
             except IndexError:
@@ -181,14 +192,17 @@ class VLLMEngine:
             try:
                 answers[index] = client.generate(requests[index])
             except ServerLostError as error:
-                self._lose(server, str(error))
+                self._lose(server, client, str(error))
+                return
             except ServerRefusedError:
                 waiting.clear()
                 raise
 
-    def _lose(self, server: int, how: str) -> None:
+    def _lose(self, server: int, client: VLLMClient | None, how: str) -> None:
+        """Notes that a server has failed, unless `client` is of one that was started again since."""
         with self._lock:
-            self._lost.setdefault(server, how)
+            if self._clients.get(server) is client:
+                self._lost.setdefault(server, how)
 
     def _send(self, named_tensors: Iterable[tuple[str, Tensor]], servers: Sequence[int]) -> None:
         """All tensors to these of this rank's servers; every rank asks for all of them."""
@@ -196,11 +210,11 @@ class VLLMEngine:
             deque(named_tensors, maxlen=0)
             return
         numbers = {self._clients[server]: server for server in servers}
-        failed = self._sender.send(named_tensors, list(numbers), self.version, in_flight=self.in_flight)
+        failed = self._sender.send(named_tensors, list(numbers), self.version, in_flight=self._in_flight)
         for client, error in failed.items():
-            self._lose(numbers[client], str(error))
+            self._lose(numbers[client], client, str(error))
 
-    def _revive(self) -> bool:
+    def restore(self) -> bool:
         """Starts lost servers again, with the current weights, until none is lost -> whether any was."""
         revived = False
         while failures := self._all_lost():
@@ -213,7 +227,10 @@ class VLLMEngine:
             again = [server for server in failures if server in self._own]
             for server in again:
                 print(f"rollout server {server} is started again: {failures[server]}", file=sys.stderr, flush=True)
-            self._lost.clear()
+            with self._lock:
+                for server in self._lost:  # a thread that samples beside this asks them nothing until they are back
+                    self._clients.pop(server, None)
+                self._lost.clear()
             self._start(again)
             weights = export_weights(self.policy.modules, self.policy.hf_config)
             self._send(weights, [server for server in again if server not in self._lost])
@@ -235,7 +252,7 @@ class VLLMEngine:
                 self._sender.connect(client)
                 self._clients[server] = client
             except (ServerLostError, ServerRefusedError) as error:
-                self._lose(server, str(error))
+                self._lose(server, self._clients.get(server), str(error))
         addresses: dict[int, str] = {}
         own = {server: client.address for server, client in self._clients.items() if server in self._own}
         for part in self.policy.runtime.gather_objects(own):

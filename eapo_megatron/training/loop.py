@@ -15,6 +15,7 @@ Departures from textbook GRPO (arXiv 2402.03300), all but the first two by setti
 - the advantage differs from token to token (`algorithm.shaping`);
 - the clip range is asymmetric (`algorithm.loss.eps_low`, `eps_high`: DAPO's clip-higher, arXiv 2503.14476);
 - groups whose rewards are all equal are replaced by new ones (`algorithm.dynamic_sampling_rounds`, DAPO);
+- rollouts are sampled while the policy trains, some updates behind it (`rollout.max_staleness`);
 - responses without a verdict (a reward function of the user that crashed or ran out of time) are left out;
 - an update with NaN or Inf in its loss or gradients is skipped, and too many in a row end the run.
 """
@@ -66,10 +67,11 @@ def train_step(run: Run) -> dict[str, float]:
     """One rollout batch and its optimizer steps -> metrics."""
     recipe, algorithm = run.recipe, run.ingredients.algorithm
     with run.timer("rollout"):
-        collected = collect(run.sampler, run.ingredients.train, recipe, run.progress.position)
+        collected = collect(run.producer.round, recipe, run.progress.position)
+        run.producer.sample_ahead(collected.position, rounds=recipe.train.steps - run.progress.step)
         run.record_samples(collected.drawn[0])
     run.progress.position = collected.position
-    metrics, groups = collected.metrics(algorithm.positive_threshold), collected.groups
+    metrics, groups = collected.metrics(algorithm.positive_threshold, run.sampler.engine.version), collected.groups
     if not collected.is_finite:
         run.count(applied=False, where="the rollouts")
         return metrics
@@ -125,7 +127,7 @@ def evaluation_metrics(run: Run) -> dict[str, float]:
 def log(run: Run, metrics: dict[str, float]) -> None:
     """One line of metrics, with the seconds of each phase, tokens per second and peak memory."""
     seconds = run.timer.lap()
-    metrics |= seconds | {"skipped_updates": run.progress.skipped_updates}
+    metrics |= seconds | run.producer.metrics() | {"skipped_updates": run.progress.skipped_updates}
     if "response_length/total" in metrics:
         metrics["tokens_per_second"] = metrics["response_length/total"] / sum(seconds.values())
     metrics["memory/peak_gib"] = max(run.runtime.gather_objects(run.runtime.peak_memory_bytes())) / 2**30

@@ -20,6 +20,7 @@ from eapo_megatron.records.records import Records
 from eapo_megatron.records.samples import describe_samples
 from eapo_megatron.records.stopwatch import Stopwatch
 from eapo_megatron.rollout.engine import open_engine
+from eapo_megatron.rollout.producer import Producer, open_producer
 from eapo_megatron.rollout.rollouts import Rollouts, Sampler
 from eapo_megatron.run_lock import RunLock
 from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
@@ -83,6 +84,7 @@ class Run:
     worker: PolicyWorker
     optimizer: PolicyOptimizer
     sampler: Sampler
+    producer: Producer
     checkpoints: Checkpoints
     records: Records | None
     lock: RunLock | None
@@ -198,6 +200,8 @@ def open_run(
         sampler = stack.enter_context(
             Sampler(engine, recipe, ingredients.tokenizer, runtime, stop_token_ids=ingredients.stop_token_ids)
         )
+        producer = open_producer(sampler, ingredients.train, recipe)
+        stack.callback(producer.close)
         run = Run(
             recipe,
             ingredients,
@@ -206,6 +210,7 @@ def open_run(
             worker,
             optimizer,
             sampler,
+            producer,
             checkpoints,
             records,
             lock,

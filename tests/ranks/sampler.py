@@ -1,4 +1,7 @@
-"""One rank of TP 2 x DP 2 that samples from an engine of known responses, and prints the rollouts it ends up with."""
+"""One rank of TP 2 x DP 2 that samples from an engine of known responses, and prints the rollouts it ends up with.
+
+The same rounds come from both producers; the engine of one replica is lost in the middle of the second round.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,34 @@ from eapo_megatron.config import Parallel, Recipe
 from eapo_megatron.data import Prompt, arithmetic_tokenizer
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
-from eapo_megatron.rollout.engine import SamplingParams
-from eapo_megatron.rollout.rollouts import Sampler
+from eapo_megatron.rollout.engine import AsynchronousEngine, EngineLostError, SamplingParams
+from eapo_megatron.rollout.producer import Asynchronous
+from eapo_megatron.rollout.rollouts import Draw, Rollouts, Sampler
 from known_rollouts import PROMPTS, SEEDS, response_of
 
 
-class KnownEngine:
+class KnownEngine(AsynchronousEngine):
     """Responses are a function of their prompt and seed."""
+
+    version = 3
+    calls = 0
+    restored = 0
+
+    def sample_here(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> Responses:
+        """On leaders, from a thread."""
+        self.calls += 1
+        if self.calls == 2 and len(prompts) == 2:
+            raise EngineLostError("gone")
+        return self.generate(prompts, seeds, sampling)
+
+    def restore(self) -> bool:
+        self.restored += 1
+        return True
+
+    def drop_requests(self) -> None:
+        """None wait."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
@@ -27,6 +51,16 @@ class KnownEngine:
             finished=[len(tokens) % 2 == 0 for tokens, _ in drawn],
             version=3,
         )
+
+
+def same(some: Rollouts, others: Rollouts) -> bool:
+    return (
+        some.prompts == others.prompts
+        and some.responses.token_lists() == others.responses.token_lists()
+        and some.responses.log_prob_lists() == others.responses.log_prob_lists()
+        and some.group_ids.equal(others.group_ids)
+        and some.rewards.nan_to_num(-7).equal(others.rewards.nan_to_num(-7))
+    )
 
 
 def main() -> None:
@@ -41,8 +75,19 @@ def main() -> None:
     )
     tokenizer = arithmetic_tokenizer()
     prompts = [Prompt(index, "", [first], str(first), None) for index, first in enumerate(PROMPTS)]
-    with Sampler(KnownEngine(), recipe, tokenizer, runtime, stop_token_ids=()) as sampler:
-        drawn = sampler.sample(prompts, SEEDS, sampler.sampling(temperature=1.0, top_p=1.0))
+    engine = KnownEngine()
+    with Sampler(engine, recipe, tokenizer, runtime, stop_token_ids=()) as sampler:
+        draw = Draw(prompts, SEEDS, sampler.sampling(temperature=1.0, top_p=1.0))
+        drawn = sampler.sample(draw)
+        producer = Asynchronous(engine, sampler, lambda _: draw, max_staleness=2)
+        positions = [0, 5, 10, 15]
+        ahead = []
+        for position in positions:
+            rounds = producer.round(position)
+            producer.sample_ahead(position + 5, rounds=(15 - position) // 5)
+            ahead.append(same(rounds, drawn))
+        idle = producer.metrics()
+        producer.close()
     print(
         json.dumps(
             {
@@ -54,6 +99,9 @@ def main() -> None:
                 "versions": drawn.responses.versions.tolist(),
                 "rewards": [None if reward != reward else reward for reward in drawn.rewards.tolist()],
                 "failures": drawn.reward_failures,
+                "ahead": ahead,
+                "restored": engine.restored,
+                "idle": sorted(name for name, share in idle.items() if 0 <= share <= 1),
             }
         )
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,8 @@ from eapo_megatron.data import Prompt, PromptSet, prompt_indices
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.records.samples import describe_samples
 from eapo_megatron.rollout.engine import ENGINES, SamplingParams, check_engine, open_engine, response_seed
-from eapo_megatron.rollout.rollouts import Rollouts, Sampler, collect
+from eapo_megatron.rollout.producer import Synchronous
+from eapo_megatron.rollout.rollouts import Collected, Draw, Rollouts, Sampler, collect, training_draw
 
 NAN = float("nan")
 
@@ -112,10 +114,16 @@ class Drawn(Sampler):
     def sampling(self, **settings: Any) -> SamplingParams:
         return SamplingParams(**settings)
 
-    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: SamplingParams) -> Rollouts:
-        self.calls.append(([p.index for p in prompts], [list(group) for group in seeds]))
-        drawn = rollouts([self.rewards.pop(0) for _ in prompts])
-        return Rollouts(list(prompts), drawn.responses, drawn.group_ids, drawn.rewards, 1)
+    def sample(self, draw: Draw) -> Rollouts:
+        self.calls.append(([p.index for p in draw.prompts], draw.seeds))
+        drawn = rollouts([self.rewards.pop(0) for _ in draw.prompts])
+        return Rollouts(draw.prompts, drawn.responses, drawn.group_ids, drawn.rewards, 1)
+
+
+def collected_from(sampler: Drawn, rounds: int, position: int) -> Collected:
+    producer = Synchronous(sampler, partial(training_draw, sampler, PROMPTS, recipe(rounds)))
+    producer.sample_ahead(position, rounds)
+    return collect(producer.round, recipe(rounds), position)
 
 
 def recipe(rounds: int) -> Recipe:
@@ -138,17 +146,19 @@ SILENT, TELLING, LOST = [1.0, 1.0], [1.0, -1.0], [NAN, NAN]
 
 def test_one_round_keeps_every_group_with_a_verdict() -> None:
     sampler = Drawn([SILENT, LOST, TELLING])
-    collected = collect(sampler, PROMPTS, recipe(1), 6)
+    collected = collected_from(sampler, 1, 6)
     assert collected.position == 9
     assert collected.groups.rewards.tolist() == [*SILENT, *TELLING]
     order = prompt_indices(5, 6, 3, 20)
     assert sampler.calls == [(order, [[response_seed(5, "train", at, i) for i in range(2)] for at in (6, 7, 8)])]
     assert [p.index for p in collected.groups.prompts] == [order[0], order[2]]
-    assert collected.metrics(0.0) == {
+    assert collected.metrics(0.0, version=3) == {
         "rollout/solve_rate": 3 / 4,
         "rollout/rounds": 1,
         "rollout/groups_without_signal": 2,
         "rollout/reward_failures": 1,
+        "rollout/staleness_mean": 3.0,
+        "rollout/staleness_max": 3.0,
     }
 
 
@@ -163,7 +173,7 @@ def test_one_round_keeps_every_group_with_a_verdict() -> None:
     ],
 )
 def test_groups_without_signal_are_drawn_anew(rewards: list[list[float]], rounds: int, kept: int) -> None:
-    collected = collect(Drawn(rewards), PROMPTS, recipe(3), 0)
+    collected = collected_from(Drawn(rewards), 3, 0)
     assert len(collected.drawn) == rounds
     assert collected.position == 3 * rounds
     assert len(collected.groups.prompts) == kept

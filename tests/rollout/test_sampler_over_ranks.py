@@ -33,3 +33,6 @@ def test_every_rank_has_all_rollouts_in_order() -> None:
     ]
     assert printed[0]["rewards"] == expected
     assert printed[0]["failures"] == first_digits.count("")
+    assert printed[0]["ahead"] == [True] * 4
+    assert printed[0]["restored"] == 1
+    assert printed[0]["idle"] == ["idle/engine", "idle/trainer"]
