@@ -87,7 +87,8 @@ class Asynchronous:
         # One thread for the whole run: the verifier's workers end with the thread that started them.
         self._thread = ThreadPoolExecutor(max_workers=1) if self._leads else None
         self._begun: deque[_Begun] = deque()
-        self._busy = 0.0  # seconds of sampling
+        self._busy = 0.0  # seconds of sampling, of rounds that are done
+        self._sampling_since: float | None = None
         self._waited = 0.0  # seconds that training waited for it
         self._since = time.perf_counter()
 
@@ -122,12 +123,13 @@ class Asynchronous:
     def metrics(self) -> dict[str, float]:
         """`idle/trainer` and `idle/engine`: shares of the time since the last call, means over replicas."""
         now = time.perf_counter()
-        measured = (self._waited, self._busy) if self._leads else None
+        busy = self._busy + (0.0 if self._sampling_since is None else now - max(self._sampling_since, self._since))
+        measured = (self._waited, busy) if self._leads else None
         leaders = [pair for pair in self._sampler.runtime.gather_objects(measured) if pair is not None]
         elapsed = now - self._since
-        waited, busy = (sum(seconds) / len(leaders) for seconds in zip(*leaders, strict=True))
+        mean_waited, mean_busy = (sum(seconds) / len(leaders) for seconds in zip(*leaders, strict=True))
         self._waited, self._busy, self._since = 0.0, 0.0, now
-        return {"idle/trainer": waited / elapsed, "idle/engine": 1 - min(busy / elapsed, 1)}
+        return {"idle/trainer": mean_waited / elapsed, "idle/engine": max(1 - mean_busy / elapsed, 0.0)}
 
     def close(self) -> None:
         if self._thread is not None:
@@ -141,13 +143,14 @@ class Asynchronous:
         return _Begun(position, self._thread.submit(self._sample, position) if self._thread is not None else None)
 
     def _sample(self, position: int) -> tuple[Responses, Tensor]:
-        start = time.perf_counter()
+        self._sampling_since = time.perf_counter()
         try:
             own = self._draw(position).of_replica(self._sampler.runtime)
             responses = self._engine.sample_here(own.token_ids, own.seeds, own.sampling)
             return responses, self._sampler.verdicts(own, responses)
         finally:
-            self._busy += time.perf_counter() - start
+            self._busy += time.perf_counter() - max(self._sampling_since, self._since)
+            self._sampling_since = None
 
     def _part(self, begun: _Begun) -> tuple[Responses, Tensor] | None:
         """This leader's part, once it is there; None: no leader, or its engine was lost before it was complete."""
