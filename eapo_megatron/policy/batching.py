@@ -57,6 +57,7 @@ class TokenData:
     old_log_probs: Tensor | None = None  # of the policy at the start of the step
     old_entropies: Tensor | None = None  # nats
     rollout_log_probs: Tensor | None = None  # of the sampler
+    corrections: Tensor | None = None  # multiply the loss, for the sampler's mismatch
     ref_log_probs: Tensor | None = None  # of the reference policy
 
     def of(self, rows: Tensor, width: int) -> TokenData:

@@ -89,6 +89,7 @@ def train_step(run: Run) -> dict[str, float]:
         advantages = algorithm.advantages(
             batch.rewards, batch.group_ids, batch.mask, log_probs=old_log_probs, entropies=entropies
         )
+        corrections = algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask)
     updates = []
     with run.timer("update"):
         for rows in mini_batches(batch, recipe.train.mini_batch_prompts):
@@ -98,6 +99,7 @@ def train_step(run: Run) -> dict[str, float]:
                 old_log_probs=old_log_probs,
                 old_entropies=entropies,
                 rollout_log_probs=batch.rollout_log_probs,
+                corrections=corrections,
             )
             updates.append(run.worker.update(batch, rows, run.optimizer, algorithm, tokens))
             run.count(updates[-1])
