@@ -56,6 +56,13 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
             "algorithm.loss.kl_coef=0.1",
             "algorithm.loss needs a reference policy, which the training loop does not have",
         ),
+        ("algorithm.correction.name=mis", "algorithm.correction.name must be one of none, tis, icepop"),
+        ("algorithm.correction={name: tis, higj: 3}", "algorithm.correction.higj is not a key of the correction 'tis'"),
+        (
+            "algorithm={old_policy: rollout, correction: {veto: 0.1}}",
+            "algorithm.correction has nothing to correct with",
+        ),
+        ("algorithm.old_policy=sampler", "algorithm.old_policy: input should be 'forward' or 'rollout'"),
         ("algorithm.shaping.alpha=much", "algorithm.shaping.alpha must be a number, got 'much'"),
         ("algorithm.advantage_estimator=gae", "algorithm.advantage_estimator must be one of grpo, dr_grpo"),
         ("rollout.num_generations_per_prompt=1", "rollout.num_generations_per_prompt is 1: the group estimator grpo"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import ConfigDict, Field
 
 from eapo_megatron.config.section import Section
@@ -51,6 +53,8 @@ class Algorithm(Section):
     """The loss that the advantages enter."""
     correction: Correction = Correction()
     """Weights against the mismatch of sampler and trainer; see docs/mismatch.md."""
+    old_policy: Literal["forward", "rollout"] = "forward"
+    """Source of the old policy's log-probs and entropies: a forward of the trainer, or the engine that sampled."""
     dynamic_sampling_rounds: int = Field(1, ge=1)
     """1: groups of equal rewards are kept; n > 1: they are replaced, in up to n rounds of a step."""
 

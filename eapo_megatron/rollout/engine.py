@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
-from eapo_megatron.config import RecipeError, Rollout
+from eapo_megatron.config import Recipe, RecipeError, Rollout
 from eapo_megatron.policy.responses import Responses
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from eapo_megatron.policy.policy_model import Policy
 
 # The module of each engine by its name in `rollout.engine`; it has
-# open_engine(policy, rollout: config.Rollout, tokenizer) -> RolloutEngine.
+# open_engine(policy, rollout: config.Rollout, tokenizer) -> RolloutEngine, and
+# GIVES: the optional fields of `Responses` that it fills when asked; without it, none.
 ENGINES = {"megatron": "eapo_megatron.rollout.megatron_engine"}
 
 
@@ -68,6 +69,19 @@ def check_engine(name: str) -> None:
     """
     if name not in ENGINES:
         raise RecipeError(f"rollout.engine must be one of {', '.join(ENGINES)}, got {name!r}")
+
+
+def check_gives(recipe: Recipe) -> None:
+    """Refuses settings that ask the recipe's engine for more than it gives.
+
+    Raises:
+        RecipeError: naming the key, the engine and what it does not give.
+    """
+    asked = {"algorithm.old_policy rollout": "entropies"} if recipe.algorithm.old_policy == "rollout" else {}
+    engine = recipe.rollout.engine
+    for key, what in asked.items():
+        if what not in getattr(importlib.import_module(ENGINES[engine]), "GIVES", ()):
+            raise RecipeError(f"{key} needs {what} of the rollouts, which rollout.engine {engine} does not give")
 
 
 def open_engine(policy: Policy, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:

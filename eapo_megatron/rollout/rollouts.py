@@ -132,7 +132,7 @@ class Sampler:
         if self._pool is not None:
             self._pool.__exit__(kind, error, traceback)
 
-    def sampling(self, *, temperature: float, top_p: float, top_k: int = 0) -> SamplingParams:
+    def sampling(self, *, temperature: float, top_p: float, top_k: int = 0, entropies: bool = False) -> SamplingParams:
         """The run's lengths and stop tokens at these settings."""
         return SamplingParams(
             temperature=temperature,
@@ -140,6 +140,7 @@ class Sampler:
             top_k=top_k,
             max_response_tokens=self._max_response_tokens,
             stop_token_ids=self._stop_token_ids,
+            entropies=entropies,
         )
 
     def sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: SamplingParams) -> Rollouts:
@@ -197,7 +198,12 @@ def collect(sampler: Sampler, prompts: PromptSet, recipe: Recipe, position: int)
         recipe.train.num_prompts_per_step,
         recipe.algorithm.dynamic_sampling_rounds,
     )
-    sampling = sampler.sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
+    sampling = sampler.sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        entropies=recipe.algorithm.old_policy == "rollout",
+    )
     drawn: list[Rollouts] = []
     kept: list[Rollouts] = []
     while len(drawn) < rounds and sum(len(part.prompts) for part in kept) < wanted:

@@ -5,12 +5,13 @@
 
 Every rank holds the complete batch, so the statistics of Eq. 6 need no communication of their own.
 
-Departures from textbook GRPO (arXiv 2402.03300), all but the first two by setting:
+Departures from textbook GRPO (arXiv 2402.03300), most of them by setting:
 
 - the loss is divided by the response tokens of the optimizer step, over all ranks, not by each response's own length
   (`algorithm.loss.aggregation`);
 - the batch of a step is collected once and trained on in mini-batches, each once, with the old policy's log-probs from
-  a forward of the training policy, not from the sampler;
+  a forward of the training policy, not from the sampler (`algorithm.old_policy`);
+- the loss can be weighted against the mismatch of sampler and trainer (`algorithm.correction`);
 - there is no KL to a reference policy;
 - the advantage differs from token to token (`algorithm.shaping`);
 - the clip range is asymmetric (`algorithm.loss.eps_low`, `eps_high`: DAPO's clip-higher, arXiv 2503.14476);
@@ -81,7 +82,7 @@ def train_step(run: Run) -> dict[str, float]:
         run.runtime.device,
     )
     with run.timer("old_policy"):
-        old_log_probs, entropies = run.worker.log_probs_and_entropies(batch)
+        old_log_probs, entropies = run.old_policy(batch)
     if not bool(torch.isfinite(old_log_probs).all() & torch.isfinite(entropies).all()):
         run.count(Update(applied=False, metrics={}))
         return metrics

@@ -28,7 +28,7 @@ from eapo_megatron.policy.layout_checks import check_layout, check_lengths
 from eapo_megatron.reading import naming_files
 from eapo_megatron.records.trackers import check_trackers
 from eapo_megatron.rewards import check_reward
-from eapo_megatron.rollout.engine import check_engine
+from eapo_megatron.rollout.engine import check_engine, check_gives
 from eapo_megatron.saved_recipe import check_run_folder
 from eapo_megatron.weights.assets import GENERATION_FILE, generation_stops
 from eapo_megatron.weights.huggingface import hf_config_of, weight_source
@@ -65,6 +65,7 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
     """
     try:
         check_engine(recipe.rollout.engine)
+        check_gives(recipe)
         hf_config = hf_config_of(recipe.model, source=source)
         check_layout(recipe.parallel, hf_config, world_size)
         check_lengths(recipe, hf_config)
