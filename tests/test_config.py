@@ -56,6 +56,20 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
             "algorithm.loss.kl_coef=0.1",
             "algorithm.loss needs a reference policy, which the training loop does not have",
         ),
+        (
+            "reward.overlong.buffer_tokens=4000",
+            "reward.overlong.buffer_tokens 4000 exceeds rollout.max_response_tokens 3072",
+        ),
+        ("algorithm.shaping.name=json:loads", "algorithm.shaping: "),
+        (
+            "algorithm.shaping.name=json:absent",
+            "algorithm.shaping.name 'json:absent' cannot be imported: AttributeError",
+        ),
+        (
+            "algorithm.shaping.name=absent.module:f",
+            "algorithm.shaping.name 'absent.module:f' cannot be imported: Module",
+        ),
+        ("algorithm.shaping.name=json:__all__", "algorithm.shaping.name 'json:__all__' is no function but list"),
         ("algorithm.correction.name=mis", "algorithm.correction.name must be one of none, tis, icepop"),
         ("algorithm.correction={name: tis, higj: 3}", "algorithm.correction.higj is not a key of the correction 'tis'"),
         (
@@ -68,7 +82,7 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
         ("rollout.num_generations_per_prompt=1", "rollout.num_generations_per_prompt is 1: the group estimator grpo"),
         ("train.mini_batch_prompts=1000", "train.mini_batch_prompts 1000 exceeds train.num_prompts_per_step 64"),
         ("model.path=x", "model: give either path (a Hugging Face folder) or architecture"),
-        ("data.train_path=x", "data: give either task (built in) or train_path"),
+        ("data.train_path=x", "data: give either task (built in), train_path (a fi"),
         ("data.template=hello", "data: template must be"),
         ("parallel.sequence_parallel=true", "parallel: sequence_parallel needs tensor_model_parallel_size > 1"),
         (

@@ -28,7 +28,7 @@ from .corrections import CORRECTIONS, Correction
 from .policy_loss import LOSSES, LossInputs, LossOutputs, LossSettings, policy_loss_unchecked
 from .quadrants import quadrant_masks, quadrant_metrics, quadrant_statistics
 from .registry import check_known, check_number, choose, complete_options, default_options, read_by
-from .shaping import SHAPINGS, ShapingInputs, shape_advantages
+from .shaping import ShapingInputs, shape_advantages, shaping_of
 
 SECTION_KEYS = ("advantage_estimator", "shaping", "loss", "correction")
 
@@ -62,14 +62,20 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         choose("advantage_estimator", self.advantage_estimator, ESTIMATORS)
-        shaping = choose("shaping", self.shaping, SHAPINGS)
+        shaping = shaping_of(self.shaping)
         check_number("positive_threshold", self.positive_threshold)
         if not math.isfinite(self.positive_threshold):
             raise ValueError(f"positive_threshold must be finite, got {self.positive_threshold}")
         options = complete_options(f"the shaping {self.shaping!r}", shaping, self.shaping_options)
         object.__setattr__(self, "shaping_options", options)
         one = torch.ones(1, 1)
-        self.advantages(one[0], one[0].long(), one.bool(), log_probs=one, entropies=one)
+        try:
+            self.advantages(one[0], one[0].long(), one.bool(), log_probs=one, entropies=one)
+        except (ValueError, TypeError):
+            raise
+        except Exception as error:  # whatever a user's shaping raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"the shaping {self.shaping!r} fails on one token: {reason}") from error
 
     @classmethod
     def from_config(cls, section: Mapping[str, Any], *, key: str, positive_threshold: float = 0.0) -> Algorithm:
@@ -91,7 +97,7 @@ class Algorithm:
         estimator = section.get("advantage_estimator", "grpo")
         shaping_name, loss_name = shaping.pop("name", "eapo"), loss.pop("name", "clipped_surrogate")
         choose(f"{key}.advantage_estimator", estimator, ESTIMATORS)
-        shaping_options = default_options(choose(f"{key}.shaping.name", shaping_name, SHAPINGS))
+        shaping_options = default_options(shaping_of(shaping_name, key=f"{key}.shaping.name"))
         loss_options = default_options(choose(f"{key}.loss.name", loss_name, LOSSES))
         correction_name = correction.pop("name", "none")
         correction_options = default_options(choose(f"{key}.correction.name", correction_name, CORRECTIONS))
@@ -107,7 +113,7 @@ class Algorithm:
     def needs(self) -> Needs:
         """What the chosen shaping, loss and correction read, by their settings and by what they declare."""
         return Needs(
-            entropies="entropies" in read_by(SHAPINGS[self.shaping]),
+            entropies="entropies" in read_by(shaping_of(self.shaping)),
             entropy_grad="entropies" in self.loss_settings.reads,
             ref_log_probs="ref_log_probs" in self.loss_settings.reads,
             rollout_log_probs=self.correction.is_on or "rollout_log_probs" in self.loss_settings.reads,

@@ -15,7 +15,7 @@ class Shaping(Section):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "eapo"
-    """eapo, none, entropy_advantage, forking_tokens or quadrant."""
+    """eapo, none, entropy_advantage, forking_tokens, quadrant, or package.module:function of yours."""
 
 
 class Loss(Section):
@@ -55,6 +55,8 @@ class Algorithm(Section):
     """Weights against the mismatch of sampler and trainer; see docs/mismatch.md."""
     old_policy: Literal["forward", "rollout"] = "forward"
     """Source of the old policy's log-probs and entropies: a forward of the trainer, or the engine that sampled."""
+    overlong_filtering: bool = False
+    """Whether responses that were cut leave the loss; their rewards still count in their group's baseline."""
     dynamic_sampling_rounds: int = Field(1, ge=1)
     """1: groups of equal rewards are kept; n > 1: they are replaced, in up to n rounds of a step."""
 

@@ -47,6 +47,6 @@ def _of_sampler(algorithm: Algorithm, batch: Batch, old_log_probs: Tensor, entro
 
 def mean_of_updates(updates: Sequence[Update]) -> dict[str, float]:
     """Each metric's mean over the step's optimizer steps (each is one sample of the loss), and how many there were."""
-    names = updates[0].metrics
+    names = updates[0].metrics if updates else ()
     means = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in names}
     return {**means, "updates": len(updates)}

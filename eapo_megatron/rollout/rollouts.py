@@ -151,7 +151,12 @@ class Sampler:
         verdicts = torch.zeros(len(own) + 1, dtype=torch.float64)  # rewards, and how many verifications failed
         if self._pool is not None:
             texts = [self.text(tokens) for tokens in own.token_lists()]
-            verdict = self._pool.score(texts, [prompts[p].answer for p in mine for _ in seeds[p]])
+            answered = [prompts[p] for p in mine for _ in seeds[p]]
+            contexts = [
+                {"prompt": prompt.text, "finished": finished, "length": length, "record": prompt.record}
+                for prompt, finished, length in zip(answered, own.finished.tolist(), own.lengths.tolist(), strict=True)
+            ]
+            verdict = self._pool.score(texts, [prompt.answer for prompt in answered], contexts)
             verdicts = torch.tensor([*verdict.rewards, verdict.timeouts + verdict.crashes], dtype=torch.float64)
         verdicts = self.runtime.from_replica_leader(verdicts)
         everything = Responses.gathered(own, self.runtime.gather_rows)
@@ -160,9 +165,9 @@ class Sampler:
 
         # Replica r has the prompts r, r + size, ...: back to the order of the prompts.
         dealt = [p for replica in range(size) for p in range(replica, len(prompts), size)]
-        answered = torch.tensor([p for p in dealt for _ in seeds[p]], dtype=torch.int64)
-        order = answered.argsort(stable=True)
-        return Rollouts(list(prompts), everything.select(order), answered[order], rewards[order], int(failures.sum()))
+        group_ids = torch.tensor([p for p in dealt for _ in seeds[p]], dtype=torch.int64)
+        order = group_ids.argsort(stable=True)
+        return Rollouts(list(prompts), everything.select(order), group_ids[order], rewards[order], int(failures.sum()))
 
     def text(self, tokens: list[int]) -> str:
         return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -15,6 +15,8 @@ Departures from textbook GRPO (arXiv 2402.03300), most of them by setting:
 - there is no KL to a reference policy;
 - the advantage differs from token to token (`algorithm.shaping`);
 - the clip range is asymmetric (`algorithm.loss.eps_low`, `eps_high`: DAPO's clip-higher, arXiv 2503.14476);
+- responses near or at the maximum length can lose reward or leave the loss (`reward.overlong`,
+  `algorithm.overlong_filtering`, DAPO);
 - groups whose rewards are all equal are replaced by new ones (`algorithm.dynamic_sampling_rounds`, DAPO);
 - responses without a verdict (a reward function of the user that crashed or ran out of time) are left out;
 - an update with NaN or Inf in its loss or gradients is skipped, and too many in a row end the run.
@@ -30,6 +32,7 @@ from eapo_megatron.evaluation.evaluate import evaluate
 from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
 from eapo_megatron.policy.worker import Update
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
+from eapo_megatron.rewards.overlong import overlong_rewards
 from eapo_megatron.rollout.rollouts import collect
 from eapo_megatron.training.session import InterruptedRunError, Run
 
@@ -74,11 +77,12 @@ def train_step(run: Run) -> dict[str, float]:
     if not groups.prompts:
         run.progress.skipped_steps += 1
         return metrics
+    overlong = overlong_rewards(groups.responses.lengths, recipe.reward.overlong, recipe.rollout.max_response_tokens)
     batch = make_batch(
         [prompt.token_ids for prompt in groups.prompts],
         groups.responses,
         groups.group_ids,
-        groups.rewards,
+        groups.rewards + overlong,
         run.runtime.device,
     )
     with run.timer("old_policy"):
@@ -93,7 +97,9 @@ def train_step(run: Run) -> dict[str, float]:
         corrections = algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask)
     updates = []
     with run.timer("update"):
-        for rows in mini_batches(batch, recipe.train.mini_batch_prompts):
+        for rows in mini_batches(
+            batch, recipe.train.mini_batch_prompts, finished_only=recipe.algorithm.overlong_filtering
+        ):
             tokens = TokenData(
                 weights=algorithm.weights(batch.mask_of(rows), batch.group_ids),
                 advantages=advantages,

@@ -95,6 +95,17 @@ def test_mini_batches_are_whole_groups_in_order(seed: int, prompts: int) -> None
     assert len(set.union(*groups)) == sum(map(len, groups)), "a group is in one step alone"
 
 
+@given(st.integers(0, 2**32), st.integers(1, 7))
+def test_responses_that_were_cut_can_be_left_out_of_the_steps(seed: int, prompts: int) -> None:
+    batch = random_batch(random.Random(seed), 5, shortest=1)
+    steps = list(mini_batches(batch, prompts, finished_only=True))
+    assert all(steps), "a step has rows"
+    finished = [row for row in range(batch.size) if batch.responses.finished[row]]
+    assert [row for rows in steps for row in rows] == finished
+    for rows in steps:  # of the same groups as with those that were cut
+        assert len({int(batch.group_ids[row]) // prompts for row in rows}) == 1
+
+
 @given(st.integers(0, 2**32), st.integers(1, 4))
 def test_shares_of_ranks_partition_the_rows_with_about_equal_tokens(seed: int, size: int) -> None:
     batch = random_batch(random.Random(seed), 6, shortest=1)
