@@ -12,12 +12,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from eapo_megatron.algorithms import LOSSES, SHAPINGS
+from eapo_megatron.algorithms import CORRECTIONS, LOSSES, SHAPINGS
 from eapo_megatron.algorithms.registry import default_options
 from eapo_megatron.config import Recipe, RecipeError, Section
 
 # Sections whose `name` chooses a function, whose options are keys of the section too.
-REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {"algorithm.shaping": SHAPINGS, "algorithm.loss": LOSSES}
+REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "algorithm.shaping": SHAPINGS,
+    "algorithm.loss": LOSSES,
+    "algorithm.correction": CORRECTIONS,
+}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 

@@ -116,7 +116,9 @@ OF_SECTIONS = [
         ([f"{path}=null"], path),
         ([f"{path}.no_such_key=1"], f"{path}.no_such_key"),
     )
-    if not overrides[0].startswith(("algorithm.shaping.no_such", "algorithm.loss.no_such"))  # by their own options
+    if not overrides[0].startswith(
+        ("algorithm.shaping.no_such", "algorithm.loss.no_such", "algorithm.correction.no_such")
+    )  # by their own options
 ]
 
 # --- Keys, overrides and interpolations
@@ -292,6 +294,11 @@ COMBINATIONS = [
     refused("algorithm.shaping.phi=nan", says="phi"),
     refused("algorithm.loss.name=magic", says="algorithm.loss"),
     refused("algorithm.loss.aggregation=magic", says="algorithm.loss.aggregation must be one of"),
+    refused("algorithm.correction.name=magic", says="algorithm.correction.name must be one of none, tis"),
+    refused("algorithm.correction.hihg=3", says="algorithm.correction.hihg is not a key"),
+    refused("algorithm.shaping.name=absent:f", says="algorithm.shaping.name 'absent:f' cannot be imported"),
+    refused("data.function=json:loads", says="data: give either task"),
+    refused("reward.overlong.buffer_tokens=49", says="reward.overlong.buffer_tokens 49 exceeds rollout.max_respo"),
     refused("reward.function=chess", says="reward.function"),
     refused("reward.function=:", says="reward.function"),
     refused("reward.function=''", says="reward.function"),

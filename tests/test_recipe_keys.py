@@ -27,7 +27,7 @@ def test_every_key_of_a_recipe_is_listed() -> None:
     fields = leaves(recipe.model_dump(mode="json"))
     assert fields <= paths
     options = {"shaping.alpha", "shaping.phi", "shaping.without", "shaping.a", "shaping.kappa", "shaping.fraction"}
-    options |= {"shaping.only", "loss.eps_low", "loss.eps_high"}
+    options |= {"shaping.only", "loss.eps_low", "loss.eps_high", "correction.low", "correction.high"}
     assert paths - fields == {f"algorithm.{option}" for option in options}
 
 

@@ -9,6 +9,7 @@ communicates, whether or not torch.distributed is initialised.
 from .advantages import ESTIMATORS, group_advantages, min_group_size
 from .aggregation import AGGREGATIONS, loss_weights
 from .algorithm import SECTION_KEYS, Algorithm, Needs
+from .corrections import CORRECTIONS, Correction, kept_mass_metrics, mismatch_metrics
 from .policy_loss import (
     KL_ESTIMATORS,
     LOSSES,
@@ -24,6 +25,7 @@ from .shaping import SHAPINGS, ShapingInputs, eapo_advantages, shape_advantages
 
 __all__ = [
     "AGGREGATIONS",
+    "CORRECTIONS",
     "ESTIMATORS",
     "KL_ESTIMATORS",
     "LOSSES",
@@ -31,6 +33,7 @@ __all__ = [
     "SECTION_KEYS",
     "SHAPINGS",
     "Algorithm",
+    "Correction",
     "LossInputs",
     "LossOutputs",
     "LossSettings",
@@ -38,8 +41,10 @@ __all__ = [
     "ShapingInputs",
     "eapo_advantages",
     "group_advantages",
+    "kept_mass_metrics",
     "loss_weights",
     "min_group_size",
+    "mismatch_metrics",
     "policy_loss",
     "policy_loss_unchecked",
     "quadrant_masks",

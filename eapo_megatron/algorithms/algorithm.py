@@ -5,8 +5,9 @@ It is built from a section of a recipe, or of another trainer's configuration:
     advantage_estimator: grpo
     shaping: {name: eapo, alpha: 0.2, phi: 2.0}
     loss: {name: clipped_surrogate, eps_low: 0.2, eps_high: 0.28, aggregation: token_mean, kl_coef: 0.0}
+    correction: {name: none, veto: 0.0}
 
-`shaping` and `loss` take the options of the chosen function by name, so a new method changes nothing here.
+`shaping`, `loss` and `correction` take the options of the chosen function by name: a new method changes nothing here.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from .advantages import ESTIMATORS, group_advantages, min_group_size
 from .aggregation import loss_weights
+from .corrections import CORRECTIONS, Correction
 from .policy_loss import LOSSES, LossInputs, LossOutputs, LossSettings, policy_loss_unchecked
 from .quadrants import quadrant_masks, quadrant_metrics, quadrant_statistics
 from .registry import check_known, check_number, choose, complete_options, default_options, read_by
-from .shaping import SHAPINGS, ShapingInputs, shape_advantages
+from .shaping import ShapingInputs, shape_advantages, shaping_of
 
-SECTION_KEYS = ("advantage_estimator", "shaping", "loss")
+SECTION_KEYS = ("advantage_estimator", "shaping", "loss", "correction")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An estimator, a shaping and a loss by name, with their options; options left out have their defaults.
+    """An estimator, a shaping, a loss and a correction by name; options left out have their defaults.
 
     Construction tries all of them on one token.
 
@@ -56,17 +58,24 @@ class Algorithm:
     shaping_options: Mapping[str, Any] = field(default_factory=dict)
     loss_settings: LossSettings = field(default_factory=LossSettings)
     positive_threshold: float = 0.0  # a response is correct when its reward exceeds it
+    correction: Correction = field(default_factory=Correction)
 
     def __post_init__(self) -> None:
         choose("advantage_estimator", self.advantage_estimator, ESTIMATORS)
-        shaping = choose("shaping", self.shaping, SHAPINGS)
+        shaping = shaping_of(self.shaping)
         check_number("positive_threshold", self.positive_threshold)
         if not math.isfinite(self.positive_threshold):
             raise ValueError(f"positive_threshold must be finite, got {self.positive_threshold}")
         options = complete_options(f"the shaping {self.shaping!r}", shaping, self.shaping_options)
         object.__setattr__(self, "shaping_options", options)
         one = torch.ones(1, 1)
-        self.advantages(one[0], one[0].long(), one.bool(), log_probs=one, entropies=one)
+        try:
+            self.advantages(one[0], one[0].long(), one.bool(), log_probs=one, entropies=one)
+        except (ValueError, TypeError):
+            raise
+        except Exception as error:  # whatever a user's shaping raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"the shaping {self.shaping!r} fails on one token: {reason}") from error
 
     @classmethod
     def from_config(cls, section: Mapping[str, Any], *, key: str, positive_threshold: float = 0.0) -> Algorithm:
@@ -79,31 +88,35 @@ class Algorithm:
             for name in section:
                 check_known(name, SECTION_KEYS, "the algorithm")
         parts = {}
-        for name in ("shaping", "loss"):
+        for name in SECTION_KEYS[1:]:
             part = section.get(name, {})
             if not isinstance(part, Mapping):
                 raise ValueError(f"{key}.{name} must be a mapping of name and options, got {part!r}")
             parts[name] = dict(part)
-        shaping, loss = parts["shaping"], parts["loss"]
+        shaping, loss, correction = parts["shaping"], parts["loss"], parts["correction"]
         estimator = section.get("advantage_estimator", "grpo")
         shaping_name, loss_name = shaping.pop("name", "eapo"), loss.pop("name", "clipped_surrogate")
         choose(f"{key}.advantage_estimator", estimator, ESTIMATORS)
-        shaping_options = default_options(choose(f"{key}.shaping.name", shaping_name, SHAPINGS))
+        shaping_options = default_options(shaping_of(shaping_name, key=f"{key}.shaping.name"))
         loss_options = default_options(choose(f"{key}.loss.name", loss_name, LOSSES))
+        correction_name = correction.pop("name", "none")
+        correction_options = default_options(choose(f"{key}.correction.name", correction_name, CORRECTIONS))
         shared = {name: loss.pop(name) for name in LossSettings.shared_names() if name in loss}
         with _named(f"{key}.loss", {*loss, *shared, *loss_options}):
             settings = LossSettings(loss_name, **shared, options=loss)
+        with _named(f"{key}.correction", {"veto", *correction, *correction_options}):
+            correct = Correction(correction_name, correction.pop("veto", 0.0), correction)
         with _named(f"{key}.shaping", {*shaping, *shaping_options}):
-            return cls(estimator, shaping_name, shaping, settings, positive_threshold)
+            return cls(estimator, shaping_name, shaping, settings, positive_threshold, correct)
 
     @property
     def needs(self) -> Needs:
-        """What the chosen shaping and loss read, by their settings and by what they declare."""
+        """What the chosen shaping, loss and correction read, by their settings and by what they declare."""
         return Needs(
-            entropies="entropies" in read_by(SHAPINGS[self.shaping]),
+            entropies="entropies" in read_by(shaping_of(self.shaping)),
             entropy_grad="entropies" in self.loss_settings.reads,
             ref_log_probs="ref_log_probs" in self.loss_settings.reads,
-            rollout_log_probs="rollout_log_probs" in self.loss_settings.reads,
+            rollout_log_probs=self.correction.is_on or "rollout_log_probs" in self.loss_settings.reads,
         )
 
     def check_group_size(self, size: int, *, key: str) -> None:
@@ -165,6 +178,10 @@ class Algorithm:
     ) -> Tensor:
         """Each token's share of the loss denominator, float32 [N, T]; see `loss_weights`."""
         return loss_weights(mask, group_ids, aggregation=self.loss_settings.aggregation, process_group=process_group)
+
+    def corrections(self, old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> Tensor | None:
+        """What multiplies each token's loss, float32 [N, T]; None where no correction is chosen. See `Correction`."""
+        return self.correction.weights(old_log_probs, rollout_log_probs, mask) if self.correction.is_on else None
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
         """The loss of one micro-batch and its metrics; see `policy_loss`. The values of the inputs are not checked."""

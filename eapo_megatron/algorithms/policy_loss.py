@@ -1,10 +1,11 @@
 """The policy loss: a per-token loss chosen by name, a KL penalty and an entropy bonus, summed with token weights.
 
-    L = sum_t w_t ( loss_t + kl_coef KL_t(pi || pi_ref) - entropy_coef H_t )
+    L = sum_t w_t ( c_t loss_t + kl_coef KL_t(pi || pi_ref) - entropy_coef H_t )
 
-w comes from `loss_weights` over the optimizer step, so losses, gradients and metrics of micro-batches and ranks
-add up to the global mean. Log-ratios are clamped to [-20, 20] before exp, as frameworks do: exp(20) is finite in
-float32 with room to be multiplied, and a token so far off the policy it was sampled from gets no gradient.
+c are the weights of a correction for the sampler's mismatch, 1 without one (`corrections`). w comes from `loss_weights`
+over the optimizer step, so losses, gradients and metrics of micro-batches and ranks add up to the global mean.
+Log-ratios are clamped to [-20, 20] before exp, as frameworks do: exp(20) is finite in float32 with room to be
+multiplied, and a token so far off the policy it was sampled from gets no gradient.
 A new loss is one function and one line in `LOSSES`; its keyword arguments are its options, and `reads("ref_log_probs")`
 says that it needs a field that may be None. It sees 0 at masked positions, whatever they held.
 """
@@ -39,6 +40,7 @@ class LossInputs:
     ref_log_probs: Tensor | None = None  # [N, T] float32, reference policy; for kl_coef
     weights: Tensor | None = None  # [N, T] float32, from loss_weights; None: of this micro-batch alone
     rollout_log_probs: Tensor | None = None  # [N, T] float32, the rollout engine's; for losses that read them
+    corrections: Tensor | None = None  # [N, T] float32, multiply the chosen loss; None: 1
 
     def __post_init__(self) -> None:
         check_mask(self.mask)
@@ -203,6 +205,8 @@ def policy_loss_unchecked(inputs: LossInputs, settings: LossSettings) -> LossOut
         if getattr(inputs, name) is None:
             raise ValueError(f"{name} are needed by {settings}")
     token_loss, token_metrics = LOSSES[settings.loss](inputs, **settings.options)
+    if inputs.corrections is not None:
+        token_loss = inputs.corrections * token_loss
     token_metrics["loss/policy"] = token_loss
     if settings.kl_coef != 0:
         assert inputs.ref_log_probs is not None

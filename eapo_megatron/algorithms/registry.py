@@ -7,6 +7,7 @@ options, in a ValueError that begins with the option's name.
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from numbers import Real
@@ -24,6 +25,23 @@ def choose(key: str, name: object, registry: Mapping[str, Function]) -> Function
     if not isinstance(name, str) or name not in registry:
         raise ValueError(f"{key} must be one of {', '.join(registry)}, got {name!r}")
     return registry[name]
+
+
+def imported(key: str, path: str) -> Callable[..., Any]:
+    """The user's function at `path`, package.module:function.
+
+    Raises:
+        ValueError: it cannot be imported, or is no function; one sentence that begins with `key`.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a user's module raises as it is imported
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{key} {path!r} cannot be imported: {reason}") from error
+    if not callable(function):
+        raise ValueError(f"{key} {path!r} is no function but {type(function).__name__}")
+    return function
 
 
 def reads(*fields: str) -> Callable[[Function], Function]:

@@ -3,8 +3,9 @@
 EAPO (arXiv 2604.11056, Sec. 5) and the methods it is compared with (Sec. 6), each a function from `ShapingInputs` to
 advantages [N, T], chosen by name. The shaped advantage replaces A in the policy loss; nothing else of the method
 changes. Shapings never carry a gradient. Entropies are the old policy's, from the forward that yields its log-probs;
-passing the current policy's is as valid. A new shaping is one function and one line in `SHAPINGS`; its keyword
-arguments are its options, and `reads("entropies")` says that it needs the entropies.
+passing the current policy's is as valid. A new shaping is one function and one line in `SHAPINGS`, or a function of
+yours named package.module:function; its keyword arguments are its options, and `reads("entropies")` says that it needs
+the entropies.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from .checks import check_finite, check_group_ids, check_mask, check_rewards, check_tokens, check_verdicts
 from .group_statistics import token_statistics
 from .quadrants import check_quadrant_names, quadrant_masks, split_quadrants
-from .registry import choose, complete_options, reads
+from .registry import choose, complete_options, imported, reads
 from .top_tokens import top_tokens
 
 
@@ -188,16 +189,33 @@ SHAPINGS: dict[str, Shaping] = {
 }
 
 
+def shaping_of(name: object, *, key: str = "shaping") -> Shaping:
+    """The shaping of this name, or the user's at package.module:function.
+
+    Raises:
+        ValueError: there is none, or it cannot be imported; one sentence that begins with `key`.
+    """
+    if isinstance(name, str) and ":" in name:
+        return imported(key, name)
+    return choose(key, name, SHAPINGS)
+
+
 @torch.no_grad()
 def shape_advantages(
     name: str, inputs: ShapingInputs, *, process_group: dist.ProcessGroup | None = None, **options: object
 ) -> Tensor:
-    """The advantages [N, T] shaped by `SHAPINGS[name]` with its options, detached, 0 outside the mask.
+    """The advantages [N, T] shaped by `shaping_of(name)` with its options, detached, 0 outside the mask.
 
     At most two collectives over `process_group`, none when it is None.
 
     Raises:
-        ValueError: for an unknown shaping or option, listing the known ones, and for options out of range.
+        ValueError: for an unknown shaping or option, listing the known ones, for options out of range, and for a result
+            that is no tensor of the mask's shape.
     """
-    shaping = choose("shaping", name, SHAPINGS)
-    return shaping(inputs, process_group=process_group, **complete_options(f"the shaping {name!r}", shaping, options))
+    shaping = shaping_of(name)
+    complete = complete_options(f"the shaping {name!r}", shaping, options)
+    shaped = shaping(inputs, process_group=process_group, **complete)
+    if not isinstance(shaped, Tensor):
+        raise ValueError(f"the shaping {name!r} must return a tensor, got {type(shaped).__name__}")
+    check_tokens(f"what the shaping {name!r} returns", shaped, inputs.mask)
+    return shaped

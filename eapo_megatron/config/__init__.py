@@ -3,7 +3,7 @@
 The text under a field is its description: `eapo-megatron keys` and docs/keys.md print it. `recipe_files` reads recipes.
 """
 
-from eapo_megatron.config.experience import Arithmetic, Data, Reward, Rollout
+from eapo_megatron.config.experience import Arithmetic, Data, Overlong, Reward, Rollout
 from eapo_megatron.config.policy import GPUS, Cluster, Head, Model, Optimizer, Parallel
 from eapo_megatron.config.recipe import Recipe
 from eapo_megatron.config.section import LARGEST, RecipeError, Section
@@ -34,6 +34,7 @@ __all__ = [
     "Loss",
     "Model",
     "Optimizer",
+    "Overlong",
     "Parallel",
     "Recipe",
     "RecipeError",

@@ -34,12 +34,14 @@ class Data(Section):
     """Prompts and answers: the built-in arithmetic `task`, or files read through a field mapping."""
 
     task: Literal["arithmetic"] | None = None
-    """The built-in task; null: `train_path` is given instead."""
+    """The built-in task; null: `train_path` or `function` is given instead."""
     arithmetic: Arithmetic = Arithmetic()
     train_path: str | None = None
-    """Training prompts, a .json, .jsonl or .parquet file; null: `task` is given instead."""
+    """Training prompts, a .json, .jsonl or .parquet file; null: `task` or `function` is given instead."""
     validation_path: str | None = None
     """Held-out prompts, in the same format; null: none, and no evaluation."""
+    function: str | None = None
+    """package.module:function of "train" or "validation" that returns records, the same on every rank; null: none."""
     format: Literal["math", "gsm8k", "verl", "nemo_rl"] = "math"
     """Fields of a record: MATH's, GSM8K's (answer: a solution, #### RESULT), verl's (DAPO-Math-17k), NeMo-RL's."""
     prompt_field: str | None = None
@@ -59,8 +61,10 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
-        if (self.task is None) == (self.train_path is None):
-            raise ValueError("give either task (built in) or train_path (a file), not both")
+        if sum(source is not None for source in (self.task, self.train_path, self.function)) != 1:
+            raise ValueError("give either task (built in), train_path (a file) or function (yours), and one alone")
+        if self.function is not None and self.validation_path is not None:
+            raise ValueError('validation_path must be null beside function, which gives "validation" too')
         if self.template != "chat" and "{prompt}" not in self.template:
             raise ValueError('template must be "chat" or contain {prompt}')
         return self
@@ -100,11 +104,20 @@ class Rollout(Section):
         return self
 
 
+class Overlong(Section):
+    """A soft limit of length: reward is lost from `buffer_tokens` before the maximum on (DAPO, arXiv 2503.14476)."""
+
+    buffer_tokens: int = Field(0, ge=0)
+    """Tokens before rollout.max_response_tokens over which the loss of reward grows in a straight line; 0: off."""
+    penalty: float = Field(1.0, ge=0)
+    """Reward that a response of rollout.max_response_tokens loses."""
+
+
 class Reward(Section):
     """`math` (math-verify), or a dotted path `package.module:function` of (response, answer) -> float."""
 
     function: str = "math"
-    """math (math-verify), or package.module:function of (response, answer) that returns a number."""
+    """math (math-verify), or package.module:function of (response, answer) that returns a number: docs/rewards.md."""
     num_workers: int = Field(4, ge=1, le=1024)
     """Verifier processes on each model replica."""
     timeout_seconds: float = Field(10.0, gt=0, le=1_000_000)
@@ -113,6 +126,8 @@ class Reward(Section):
     """Reward above which a response counts as correct; 0 separates +1 from -1, and 1 from 0."""
     thinking: Literal["auto", "opened", "none"] = "auto"
     """What `math` skips: auto, what stands before </think>; opened, the same after a template that wrote <think>."""
+
+    overlong: Overlong = Overlong()
 
     @model_validator(mode="after")
     def _thinking_of_math(self) -> Reward:

@@ -42,7 +42,16 @@ class Recipe(Section):
         algorithm = self.make_algorithm()
         if algorithm.needs.ref_log_probs:
             raise ValueError("algorithm.loss needs a reference policy, which the training loop does not have")
+        if algorithm.correction.is_on and self.algorithm.old_policy == "rollout":
+            raise ValueError(
+                "algorithm.correction has nothing to correct with algorithm.old_policy rollout: its ratios are all 1"
+            )
         algorithm.check_group_size(self.rollout.num_generations_per_prompt, key="rollout.num_generations_per_prompt")
+        if self.reward.overlong.buffer_tokens > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"reward.overlong.buffer_tokens {self.reward.overlong.buffer_tokens} exceeds "
+                f"rollout.max_response_tokens {self.rollout.max_response_tokens}"
+            )
         if self.train.mini_batch_prompts > self.train.num_prompts_per_step:
             raise ValueError(
                 f"train.mini_batch_prompts {self.train.mini_batch_prompts} exceeds "

@@ -15,7 +15,7 @@ class Shaping(Section):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "eapo"
-    """eapo, none, entropy_advantage, forking_tokens or quadrant."""
+    """eapo, none, entropy_advantage, forking_tokens, quadrant, or package.module:function of yours."""
 
 
 class Loss(Section):
@@ -31,6 +31,17 @@ class Loss(Section):
     """Weight of the current policy's mean token entropy (nats), which the loss rewards; 0: off."""
 
 
+class Correction(Section):
+    """What the loss is multiplied with for the sampler's mismatch, by name; further keys are its own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    name: str = "none"
+    """none; tis or icepop (by token); sequence (product of the ratios) or geometric (their mean): by response."""
+    veto: float = 0.0
+    """A response with a token whose ratio pi_old / pi_rollout is below this leaves the loss; 0: none does."""
+
+
 class Algorithm(Section):
     """From rewards to the loss."""
 
@@ -40,6 +51,12 @@ class Algorithm(Section):
     """Token-level re-weighting of the advantages."""
     loss: Loss = Loss()
     """The loss that the advantages enter."""
+    correction: Correction = Correction()
+    """Weights against the mismatch of sampler and trainer; see docs/mismatch.md."""
+    old_policy: Literal["forward", "rollout"] = "forward"
+    """Source of the old policy's log-probs and entropies: a forward of the trainer, or the engine that sampled."""
+    overlong_filtering: bool = False
+    """Whether responses that were cut leave the loss; their rewards still count in their group's baseline."""
     dynamic_sampling_rounds: int = Field(1, ge=1)
     """1: groups of equal rewards are kept; n > 1: they are replaced, in up to n rounds of a step."""
 

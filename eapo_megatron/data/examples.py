@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -34,6 +34,7 @@ class Example:
     prompt: str | list[Message]
     answer: str | list[str]
     solution: str | None = None
+    record: dict[str, Any] | None = None  # the record it was read from, where that is kept
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def load_examples(
     answer_field: str = "answer",
     solution_field: str | None = None,
     answer_format: Literal["plain", "gsm8k"] = "plain",
+    keep_records: bool = False,
 ) -> LoadedExamples:
     """The examples of a .json (a list of objects), .jsonl or .parquet file.
 
@@ -86,6 +88,7 @@ def load_examples(
     answer_format "plain": the answer is text, a number, a list of these, or an object with these under ground_truth.
     "gsm8k": the answer field holds the solution and, after "####", the answer; calculator annotations such as
     <<48/2=24>> are taken out of it. Records without an answer or with a blank prompt are dropped and counted.
+    keep_records: whether examples hold the records that they were read from.
 
     Raises:
         RecipeError: naming the file, and the line or record where there is one; its kind DataError for a missing or
@@ -97,9 +100,37 @@ def load_examples(
     if answer_format == "gsm8k" and solution_field is not None:
         raise ValueError('solution_field must be None with answer_format "gsm8k": the answer field holds the solution')
     path = Path(path)
+    return examples_of(
+        read_records(path),
+        source=str(path),
+        prompt_field=prompt_field,
+        answer_field=answer_field,
+        solution_field=solution_field,
+        answer_format=answer_format,
+        keep_records=keep_records,
+    )
+
+
+def examples_of(
+    records: Iterable[tuple[str, Any]],
+    *,
+    source: str,
+    prompt_field: str,
+    answer_field: str,
+    solution_field: str | None = None,
+    answer_format: Literal["plain", "gsm8k"] = "plain",
+    keep_records: bool = False,
+) -> LoadedExamples:
+    """`load_examples` for records that are not in a file: each comes with its place, as errors name it.
+
+    Raises:
+        DataError: as of `load_examples`, and for a record that is no object.
+    """
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
-    for where, record in read_records(path):
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: must be an object, got {type(record).__name__}")
         held = _field(record, prompt_field, where)
         if isinstance(held, list) and answer_field.startswith(f"{prompt_field}.-1."):
             held = held[:-1]
@@ -119,9 +150,9 @@ def load_examples(
         elif not answer:
             dropped["no answer"] += 1
         else:
-            examples.append(Example(prompt, answer, solution))
+            examples.append(Example(prompt, answer, solution, record if keep_records else None))
     if not examples:
-        raise DataError(f"{path}: no usable example ({dict(dropped) or 'the file is empty'})")
+        raise DataError(f"{source}: no usable example ({dict(dropped) or 'the file is empty'})")
     return LoadedExamples(examples, dict(dropped))
 
 

@@ -25,6 +25,7 @@ class Prompt:
     token_ids: list[int]
     answer: str | list[str]
     solution: str | None
+    record: dict[str, Any] | None = None  # the data record, where a reward function asks for it
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def build_prompts(
         if not token_ids:
             raise DataError(f"tokenizer {tokenizer.name_or_path!r} makes no token of the prompt {text[:60]!r}")
         if len(token_ids) <= max_prompt_tokens:
-            prompts.append(Prompt(index, text, token_ids, example.answer, example.solution))
+            prompts.append(Prompt(index, text, token_ids, example.answer, example.solution, example.record))
     if not prompts:
         raise DataError(f"no prompt of {len(examples)} has at most max_prompt_tokens = {max_prompt_tokens} tokens")
     return PromptSet(prompts, too_long=len(examples) - len(prompts))

@@ -57,6 +57,7 @@ class TokenData:
     old_log_probs: Tensor | None = None  # of the policy at the start of the step
     old_entropies: Tensor | None = None  # nats
     rollout_log_probs: Tensor | None = None  # of the sampler
+    corrections: Tensor | None = None  # multiply the loss, for the sampler's mismatch
     ref_log_probs: Tensor | None = None  # of the reference policy
 
     def of(self, rows: Tensor, width: int) -> TokenData:
@@ -112,14 +113,21 @@ def make_batch(
     )
 
 
-def mini_batches(batch: Batch, prompts: int) -> Iterator[list[int]]:
-    """Rows of `prompts` groups at a time: one optimizer step each."""
+def mini_batches(batch: Batch, prompts: int, *, finished_only: bool = False) -> Iterator[list[int]]:
+    """Rows of `prompts` groups at a time: one optimizer step each.
+
+    With `finished_only` responses that were cut are left out (DAPO's overlong filtering), and so are steps without any.
+    """
     groups: dict[int, list[int]] = {}
     for row, group in enumerate(batch.group_ids.tolist()):
         groups.setdefault(group, []).append(row)
     rows = list(groups.values())
     for start in range(0, len(rows), prompts):
-        yield [row for group in rows[start : start + prompts] for row in group]
+        step = [row for group in rows[start : start + prompts] for row in group]
+        if finished_only:
+            step = [row for row in step if batch.responses.finished[row]]
+        if step:
+            yield step
 
 
 def data_parallel_share(batch: Batch, rows: Sequence[int], rank: int, size: int) -> list[int]:

@@ -110,6 +110,7 @@ class RewardPool:
         self._options = {"thinking": thinking} if reward in REWARDS else {}
         self._no_verdict = INCORRECT if reward in REWARDS else math.nan
         self._workers: list[_Worker] = []
+        self.asks: tuple[str, ...] = ()  # what the function takes beside response and answer, once the pool is entered
 
     def __enter__(self) -> RewardPool:
         with self._killed_on_failure():
@@ -125,21 +126,29 @@ class RewardPool:
     ) -> None:
         self._kill_workers()
 
-    def score(self, responses: list[str], answers: list[Any]) -> RewardBatch:
+    def score(
+        self, responses: list[str], answers: list[Any], contexts: list[dict[str, Any]] | None = None
+    ) -> RewardBatch:
         """Rewards of `responses` against `answers`, element by element, in their order.
 
+        contexts: for each response what `asks` names, by these names; may be None when the function asks for nothing.
+
         Raises:
-            ValueError: when the lists differ in length.
+            ValueError: when the lists differ in length, or `contexts` are asked for and None.
             RuntimeError: outside of the pool's `with` block.
         """
         if len(responses) != len(answers):
             raise ValueError(f"answers must be as many as responses, got {len(answers)} for {len(responses)}")
+        if contexts is None and self.asks:
+            raise ValueError(f"reward {self._reward!r} asks for {', '.join(self.asks)}, which are not known here")
+        if contexts is not None and len(contexts) != len(responses):
+            raise ValueError(f"contexts must be as many as responses, got {len(contexts)} for {len(responses)}")
         if not self._workers:
             raise RuntimeError("RewardPool.score works only inside the `with` block of a pool that has not failed")
         with self._killed_on_failure():
-            return self._score(responses, answers)
+            return self._score(responses, answers, contexts or [{}] * len(responses))
 
-    def _score(self, responses: list[str], answers: list[Any]) -> RewardBatch:
+    def _score(self, responses: list[str], answers: list[Any], contexts: list[dict[str, Any]]) -> RewardBatch:
         rewards: dict[int, float] = {}
         timeouts = crashes = 0
         queue = deque(range(len(responses)))
@@ -149,13 +158,17 @@ class RewardPool:
             for worker in [worker for worker in self._workers if worker.ready and not worker.chunk]:
                 worker.chunk.extend(queue.popleft() for _ in range(min(chunk_size, len(queue))))
                 if worker.chunk:
-                    self._send(worker, [(responses[index], answers[index]) for index in worker.chunk], queue)
+                    chunk = [
+                        (responses[index], answers[index], {name: contexts[index][name] for name in self.asks})
+                        for index in worker.chunk
+                    ]
+                    self._send(worker, chunk, queue)
             for worker, event in self._events():
                 if not worker.ready:
                     self._accept(worker, event)
                     continue
                 index = worker.chunk.popleft()
-                reward, error = event if isinstance(event, Outcome) else (None, f"its worker {event}")
+                reward, error, _ = event if isinstance(event, Outcome) else Outcome(None, f"its worker {event}")
                 rewards[index] = self._no_verdict if reward is None else reward
                 if reward is None:
                     timeouts += event == "expired"
@@ -167,7 +180,7 @@ class RewardPool:
                     self._replace(worker, queue)
         return RewardBatch([rewards[index] for index in range(len(responses))], timeouts, crashes)
 
-    def _send(self, worker: _Worker, answers: list[tuple[str, Any]], queue: deque[int]) -> None:
+    def _send(self, worker: _Worker, answers: list[tuple[str, Any, dict[str, Any]]], queue: deque[int]) -> None:
         try:
             worker.answers.send(answers)
         except (BrokenPipeError, ConnectionResetError):  # it exited while idle: none of these answers is to blame
@@ -198,6 +211,7 @@ class RewardPool:
             reason = event.error
         else:
             worker.ready = True
+            self.asks = tuple(event.asks)
             return
         raise ValueError(f"reward {self._reward!r} cannot be loaded: {reason}")
 
@@ -259,17 +273,19 @@ def _next_event(worker: _Worker) -> _Event | None:
     return outcome
 
 
-def check_reward(function: str) -> None:
+def check_reward(function: str) -> tuple[str, ...]:
     """Whether a recipe's `reward.function` can be loaded, tried in a worker process of its own ("math" needs none).
+
+    Returns what it asks for beside response and answer: names among prompt, finished, length and record.
 
     Raises:
         ValueError: one sentence naming `reward.function`: an import that fails, hangs or crashes; a name that is no
             function of (response, answer).
     """
     if function in REWARDS:
-        return
+        return ()
     try:
-        with RewardPool(num_workers=1, timeout_seconds=1.0, reward=function):
-            pass
+        with RewardPool(num_workers=1, timeout_seconds=1.0, reward=function) as pool:
+            return pool.asks
     except ValueError as error:
         raise ValueError(f"reward.function: {error}") from error

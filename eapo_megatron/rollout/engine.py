@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from eapo_megatron.policy.policy_model import Policy
 
 # The module of each engine by its name in `rollout.engine`; it has
-# open_engine(policy, recipe: config.Recipe, tokenizer) -> RolloutEngine.
+# open_engine(policy, recipe: config.Recipe, tokenizer) -> RolloutEngine, and
+# GIVES: the optional fields of `Responses` that it fills when asked; without it, none.
 ENGINES = {"megatron": "eapo_megatron.rollout.megatron_engine", "vllm": "eapo_megatron.rollout.vllm_engine"}
 
 
@@ -112,6 +113,19 @@ def check_engine(recipe: Recipe) -> None:
         raise RecipeError(f"rollout.max_staleness needs an engine in processes of its own, such as vllm, not {name}")
     elif recipe.rollout.verify_weights:
         raise RecipeError(f"rollout.verify_weights needs an engine with weights of its own, which {name} has not")
+
+
+def check_gives(recipe: Recipe) -> None:
+    """Refuses settings that ask the recipe's engine for more than it gives.
+
+    Raises:
+        RecipeError: naming the key, the engine and what it does not give.
+    """
+    asked = {"algorithm.old_policy rollout": "entropies"} if recipe.algorithm.old_policy == "rollout" else {}
+    engine = recipe.rollout.engine
+    for key, what in asked.items():
+        if what not in getattr(importlib.import_module(ENGINES[engine]), "GIVES", ()):
+            raise RecipeError(f"{key} needs {what} of the rollouts, which rollout.engine {engine} does not give")
 
 
 def open_engine(policy: Policy, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:

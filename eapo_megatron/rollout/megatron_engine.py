@@ -29,6 +29,8 @@ from eapo_megatron.rollout.sampling import response_uniforms, sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+GIVES = ("entropies",)
+
 
 def open_engine(policy: Policy, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MegatronEngine:
     """The engine under the recipe's settings."""

@@ -156,7 +156,7 @@ class Sampler:
         if self._pool is not None:
             self._pool.__exit__(kind, error, traceback)
 
-    def sampling(self, *, temperature: float, top_p: float, top_k: int = 0) -> SamplingParams:
+    def sampling(self, *, temperature: float, top_p: float, top_k: int = 0, entropies: bool = False) -> SamplingParams:
         """The run's lengths and stop tokens at these settings."""
         return SamplingParams(
             temperature=temperature,
@@ -164,6 +164,7 @@ class Sampler:
             top_k=top_k,
             max_response_tokens=self._max_response_tokens,
             stop_token_ids=self._stop_token_ids,
+            entropies=entropies,
         )
 
     def sample(self, draw: Draw) -> Rollouts:
@@ -180,9 +181,14 @@ class Sampler:
         if self._pool is None:
             return torch.zeros(len(responses) + 1, dtype=torch.float64)
         texts = [self.text(tokens) for tokens in responses.token_lists()]
-        answers = [prompt.answer for prompt, seeds in zip(own.prompts, own.seeds, strict=True) for _ in seeds]
+        answered = [prompt for prompt, seeds in zip(own.prompts, own.seeds, strict=True) for _ in seeds]
+        finished, lengths = responses.finished.tolist(), responses.lengths.tolist()
+        contexts = [
+            {"prompt": prompt.text, "finished": is_finished, "length": length, "record": prompt.record}
+            for prompt, is_finished, length in zip(answered, finished, lengths, strict=True)
+        ]
         with self._one_at_a_time:
-            verdict = self._pool.score(texts, answers)
+            verdict = self._pool.score(texts, [prompt.answer for prompt in answered], contexts)
         return torch.tensor([*verdict.rewards, verdict.timeouts + verdict.crashes], dtype=torch.float64)
 
     def together(self, draw: Draw, own: Responses, verdicts: Tensor) -> Rollouts:
@@ -239,7 +245,12 @@ def training_draw(sampler: Sampler, prompts: PromptSet, recipe: Recipe, position
             [response_seed(recipe.seed, "train", at, i) for i in range(rollout.num_generations_per_prompt)]
             for at in range(position, position + size)
         ],
-        sampler.sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k),
+        sampler.sampling(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            entropies=recipe.algorithm.old_policy == "rollout",
+        ),
     )
 
 

@@ -5,15 +5,18 @@
 
 Every rank holds the complete batch, so the statistics of Eq. 6 need no communication of their own.
 
-Departures from textbook GRPO (arXiv 2402.03300), all but the first two by setting:
+Departures from textbook GRPO (arXiv 2402.03300), most of them by setting:
 
 - the loss is divided by the response tokens of the optimizer step, over all ranks, not by each response's own length
   (`algorithm.loss.aggregation`);
 - the batch of a step is collected once and trained on in mini-batches, each once, with the old policy's log-probs from
-  a forward of the training policy, not from the sampler;
+  a forward of the training policy, not from the sampler (`algorithm.old_policy`);
+- the loss can be weighted against the mismatch of sampler and trainer (`algorithm.correction`);
 - there is no KL to a reference policy;
 - the advantage differs from token to token (`algorithm.shaping`);
 - the clip range is asymmetric (`algorithm.loss.eps_low`, `eps_high`: DAPO's clip-higher, arXiv 2503.14476);
+- responses near or at the maximum length can lose reward or leave the loss (`reward.overlong`,
+  `algorithm.overlong_filtering`, DAPO);
 - groups whose rewards are all equal are replaced by new ones (`algorithm.dynamic_sampling_rounds`, DAPO);
 - rollouts are sampled while the policy trains, some updates behind it (`rollout.max_staleness`);
 - responses without a verdict (a reward function of the user that crashed or ran out of time) are left out;
@@ -29,6 +32,7 @@ import torch
 from eapo_megatron.evaluation.evaluate import evaluate
 from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
+from eapo_megatron.rewards.overlong import overlong_rewards
 from eapo_megatron.rollout.rollouts import collect
 from eapo_megatron.stopping import InterruptedRunError
 from eapo_megatron.training.session import Run
@@ -78,15 +82,16 @@ def train_step(run: Run) -> dict[str, float]:
     if not groups.prompts:
         run.progress.skipped_steps += 1
         return metrics
+    overlong = overlong_rewards(groups.responses.lengths, recipe.reward.overlong, recipe.rollout.max_response_tokens)
     batch = make_batch(
         [prompt.token_ids for prompt in groups.prompts],
         groups.responses,
         groups.group_ids,
-        groups.rewards,
+        groups.rewards + overlong,
         run.runtime.device,
     )
     with run.timer("old_policy"):
-        old_log_probs, entropies = run.worker.log_probs_and_entropies(batch)
+        old_log_probs, entropies = run.old_policy(batch)
     if not bool(torch.isfinite(old_log_probs).all() & torch.isfinite(entropies).all()):
         run.count(applied=False, where="the old policy")
         return metrics
@@ -94,15 +99,19 @@ def train_step(run: Run) -> dict[str, float]:
         advantages = algorithm.advantages(
             batch.rewards, batch.group_ids, batch.mask, log_probs=old_log_probs, entropies=entropies
         )
+        corrections = algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask)
     updates = []
     with run.timer("update"):
-        for rows in mini_batches(batch, recipe.train.mini_batch_prompts):
+        for rows in mini_batches(
+            batch, recipe.train.mini_batch_prompts, finished_only=recipe.algorithm.overlong_filtering
+        ):
             tokens = TokenData(
                 weights=algorithm.weights(batch.mask_of(rows), batch.group_ids),
                 advantages=advantages,
                 old_log_probs=old_log_probs,
                 old_entropies=entropies,
                 rollout_log_probs=batch.rollout_log_probs,
+                corrections=corrections,
             )
             updates.append(run.worker.update(batch, rows, run.optimizer, algorithm, tokens))
             run.count(applied=updates[-1].applied)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eapo_megatron.algorithms import Algorithm
+from eapo_megatron.algorithms.registry import imported
 from eapo_megatron.config import Data, Recipe, RecipeError
 from eapo_megatron.data import (
     LAYOUTS,
@@ -21,6 +22,7 @@ from eapo_megatron.data import (
     arithmetic_examples,
     arithmetic_tokenizer,
     build_prompts,
+    examples_of,
     load_examples,
     load_tokenizer,
 )
@@ -28,7 +30,7 @@ from eapo_megatron.policy.layout_checks import check_layout, check_lengths
 from eapo_megatron.reading import naming_files
 from eapo_megatron.records.trackers import check_trackers
 from eapo_megatron.rewards import check_reward
-from eapo_megatron.rollout.engine import check_engine
+from eapo_megatron.rollout.engine import check_engine, check_gives
 from eapo_megatron.saved_recipe import check_run_folder
 from eapo_megatron.weights.assets import GENERATION_FILE, generation_stops
 from eapo_megatron.weights.huggingface import hf_config_of, weight_source
@@ -65,14 +67,15 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
     """
     try:
         check_engine(recipe)
+        check_gives(recipe)
         hf_config = hf_config_of(recipe.model, source=source)
         check_layout(recipe.parallel, hf_config, world_size)
         check_lengths(recipe, hf_config)
         check_trackers(recipe.logging)
-        check_reward(recipe.reward.function)
+        asked = check_reward(recipe.reward.function)
         check_run_folder(recipe)
         tokenizer = _tokenizer(recipe)
-        train, evaluation, dropped = _prompts(recipe, tokenizer)
+        train, evaluation, dropped = _prompts(recipe, tokenizer, keep_records="record" in asked)
         stop_token_ids = _check_tokens(recipe, hf_config, tokenizer)
         weight_source(recipe.model, hf_config, recipe.seed)
     except RecipeError:
@@ -97,7 +100,7 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _prompts(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, keep_records: bool
 ) -> tuple[PromptSet, list[Prompt], dict[str, dict[str, int]]]:
     """Prompts of training and of evaluation, and what was left out of each."""
     data = recipe.data
@@ -111,10 +114,18 @@ def _prompts(
         except ValueError as error:
             raise RecipeError(f"data.arithmetic: {error}") from error
         loaded["evaluation"] = LoadedExamples(held_out, {})
+    elif data.function is not None:
+        for split, name in (("train", "train"), ("evaluation", "validation")):
+            if (records := _records_of(data.function, name)) is not None:
+                source = f"data.function {data.function} ({name})"
+                placed = ((f"{source}, record {number}", record) for number, record in enumerate(records, start=1))
+                loaded[split] = examples_of(placed, source=source, keep_records=keep_records, **_field_mapping(data))
+        if "train" not in loaded:
+            raise RecipeError(f'data.function {data.function} returns no records for "train"')
     else:
         for split, path in (("train", data.train_path), ("evaluation", data.validation_path)):
             if path is not None:
-                loaded[split] = load_examples(path, **_field_mapping(data))
+                loaded[split] = load_examples(path, keep_records=keep_records, **_field_mapping(data))
     prompts = {split: _encode(data, part.examples, tokenizer) for split, part in loaded.items()}
     train = prompts["train"]
     evaluation = prompts["evaluation"].prompts if "evaluation" in prompts else []
@@ -126,6 +137,17 @@ def _prompts(
         if any((reasons := {**part.dropped, "too long": prompts[split].too_long}).values())
     }
     return train, evaluation[: recipe.evaluation.num_prompts], dropped
+
+
+def _records_of(function: str, split: str) -> list[Any] | None:
+    """What a user's function returns for a split; None: it has none."""
+    records_of = imported("data.function", function)
+    try:
+        records = records_of(split)
+        return None if records is None else list(records)
+    except Exception as error:  # whatever a user's function raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RecipeError(f"data.function {function!r} fails for {split!r}: {reason}") from error
 
 
 def _encode(data: Data, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> PromptSet:

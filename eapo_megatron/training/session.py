@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from eapo_megatron.config import Model, Recipe, RecipeError
 from eapo_megatron.durable import write_json
+from eapo_megatron.policy.batching import Batch
 from eapo_megatron.policy.checkpoint import Checkpoints
 from eapo_megatron.policy.checkpoint_files import inspect
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
@@ -97,6 +100,13 @@ class Run:
         """Brings the policy's weights to the rollout engine; their version is the number of steps done."""
         weights = export_weights(self.policy.modules, self.policy.hf_config)
         self.sampler.engine.update_weights(weights, self.progress.step)
+
+    def old_policy(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The old policy's log-probs and entropies (nats), float32 [N, T]: of a forward, or as the engine sampled."""
+        if self.recipe.algorithm.old_policy == "forward":
+            return self.worker.log_probs_and_entropies(batch)
+        assert batch.rollout_entropies is not None, "preflight checks that the engine gives them"
+        return batch.rollout_log_probs, batch.rollout_entropies
 
     def count(self, *, applied: bool, where: str = "a loss or gradient") -> None:
         """Counts an optimizer step, or one that was skipped because `where` had NaN or Inf.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 import statistics as reference
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -172,6 +174,53 @@ def test_metrics_are_means_over_tokens() -> None:
     assert [metrics[f"quadrants/{name}/token_share"] for name in ("phr", "plr", "nhr", "nlr")] == pytest.approx(
         [1 / 3, 1 / 3, 1 / 3, 0.0]
     )
+
+
+def test_a_shaping_of_the_users_is_named_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("users_shapings")
+
+    @reads("entropies")
+    def doubled(inputs: ShapingInputs, *, process_group: Any = None, factor: float = 2.0) -> Tensor:
+        return factor * inputs.advantages
+
+    def broken(inputs: ShapingInputs, *, process_group: Any = None) -> Tensor:
+        return inputs.colour  # type: ignore[attr-defined]
+
+    def narrow(inputs: ShapingInputs, *, process_group: Any = None) -> Tensor:
+        return inputs.rewards
+
+    def silent(inputs: ShapingInputs, *, process_group: Any = None) -> None:
+        return None
+
+    vars(module).update(doubled=doubled, broken=broken, narrow=narrow, silent=silent)
+    monkeypatch.setitem(sys.modules, "users_shapings", module)
+
+    def of(name: str, **options: Any) -> Algorithm:
+        section = {"shaping": {"name": f"users_shapings:{name}", **options}}
+        return Algorithm.from_config(section, key="algorithm")
+
+    algorithm = of("doubled", factor=3)
+    assert algorithm.needs.entropies
+    assert pickle.loads(pickle.dumps(algorithm)) == algorithm
+    one = torch.ones(2, 1)
+    advantages = algorithm.advantages(
+        torch.tensor([1.0, -1.0]), torch.tensor([1, 1]), one.bool(), log_probs=one, entropies=one
+    )
+    torch.testing.assert_close(advantages, torch.tensor([[3 * math.sqrt(0.5)], [-3 * math.sqrt(0.5)]]))
+    for name, sentence in (
+        (
+            "broken",
+            r"algorithm\.shaping: the shaping 'users_shapings:broken' fails on one token: AttributeError: .*colour",
+        ),
+        ("narrow", r"algorithm\.shaping: what the shaping 'users_shapings:narrow' returns must have the mask's shape"),
+        ("silent", r"algorithm\.shaping: the shaping 'users_shapings:silent' must return a tensor, got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=f"^{sentence}"):
+            of(name)
+    with pytest.raises(
+        ValueError, match=r"^algorithm\.shaping\.factr is not a key of the shaping 'users_shapings:doub"
+    ):
+        of("doubled", factr=1)
 
 
 @reads("rollout_log_probs")

@@ -33,6 +33,7 @@ TOKEN_FIELDS = (
     "ref_log_probs",
     "weights",
     "rollout_log_probs",
+    "corrections",
 )
 
 

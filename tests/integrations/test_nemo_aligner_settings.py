@@ -43,6 +43,7 @@ def test_every_configuration_is_sound(name: str) -> None:
         ("trainer.reinforce.algorithm.advantage_estimator=gae", "trainer.reinforce.algorithm.advantage_estimator must"),
         ("trainer.reinforce.algorithm.loss.eps_low=0", "trainer.reinforce.algorithm.loss.eps_low must be in"),
         ("+trainer.reinforce.algorithm.loss.clip=0.2", "trainer.reinforce.algorithm.loss.clip is not a key of"),
+        ("+trainer.reinforce.algorithm.correction={name: tis}", "trainer.reinforce.algorithm.correction needs log-pr"),
         ("trainer.reinforce.initial_policy_kl_penalty=0.1", "trainer.reinforce.initial_policy_kl_penalty must be"),
         ("trainer.reinforce.num_rollouts_per_prompt=1", "trainer.reinforce.num_rollouts_per_prompt is 1"),
         ("model.global_batch_size=100", "model.global_batch_size 100 must be a multiple of"),

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from eapo_megatron.algorithms import LOSSES, Algorithm, LossInputs, LossSettings, reads
+from eapo_megatron.algorithms import LOSSES, Algorithm, Correction, LossInputs, LossSettings, reads
 from eapo_megatron.integrations.nemo_rl import EAPOAdvantageEstimator, EAPOLossFn
 from eapo_megatron.integrations.nemo_rl.entropies import token_entropies
 
@@ -156,6 +156,20 @@ def test_a_loss_may_read_the_samplers_log_probs(monkeypatch: pytest.MonkeyPatch)
     loss, _ = EAPOLossFn(Algorithm(loss_settings=LossSettings("gap")))(data, **counts, next_token_logprobs=log_probs)
     expected = (log_probs - data["generation_logprobs"][:, 1:])[mask].double().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_is_corrected_for_the_sampler() -> None:
+    data = random_data()
+    mask, log_probs = valid(data), data["prev_logprobs"][:, 1:]
+    counts = {"global_valid_seqs": data["sample_mask"].sum(), "global_valid_toks": mask.sum()}
+    algorithm = Algorithm(correction=Correction("tis", options={"high": 1.5}))
+    loss, _ = EAPOLossFn(algorithm)(data, **counts, next_token_logprobs=log_probs)
+    weights = (log_probs - data["generation_logprobs"][:, 1:])[mask].double().exp().clamp(max=1.5)
+    assert (weights < 1.5).any()
+    expected = -(weights * data["advantages"][:, 1:][mask].double()).mean()  # the ratio to the old policy is 1
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"^grpo\.adv_estimator\.correction is no part of an advantage estimator"):
+        EAPOAdvantageEstimator({"correction": {"name": "tis"}}, lambda: torch.zeros(1, 1), lambda _: None)
 
 
 def test_advantages_are_shaped_by_group() -> None:

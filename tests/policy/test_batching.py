@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,12 +25,13 @@ CPU = torch.device("cpu")
 
 def random_responses(source: random.Random, count: int, *, shortest: int = 0) -> Responses:
     lengths = [source.randint(shortest, 9) for _ in range(count)]
-    return Responses.of_lists(
+    given = Responses.of_lists(
         [[source.randrange(50) for _ in range(length)] for length in lengths],
         log_probs=[[-source.random() for _ in range(length)] for length in lengths],
         finished=[source.random() < 0.5 for _ in lengths],
         version=source.randrange(5),
     )
+    return replace(given, kept_mass=given.log_probs + 2, entropies=given.log_probs - 3)
 
 
 def random_batch(source: random.Random, groups: int, *, shortest: int = 0) -> Batch:
@@ -49,6 +51,9 @@ def test_responses_are_selected_as_lists_are(seed: int, rows: list[int]) -> None
     assert chosen.log_prob_lists() == [responses.log_prob_lists()[row] for row in rows]
     assert chosen.finished.tolist() == [bool(responses.finished[row]) for row in rows]
     assert chosen.versions.tolist() == [int(responses.versions[row]) for row in rows]
+    assert torch.equal(chosen.kept_mass, chosen.log_probs + 2)
+    assert torch.equal(chosen.entropies, chosen.log_probs - 3)
+    assert replace(responses, kept_mass=None).select(torch.tensor(rows, dtype=torch.int64)).kept_mass is None
     kept = torch.tensor([row in rows for row in range(7)])
     assert responses.select(kept).token_lists() == [responses.token_lists()[row] for row in sorted(set(rows))]
 
@@ -59,6 +64,10 @@ def test_responses_of_parts_follow_one_another(seed: int, counts: list[int]) -> 
     whole = Responses.concatenated(parts)
     assert len(whole) == sum(counts)
     assert whole.token_lists() == [tokens for part in parts for tokens in part.token_lists()]
+    assert torch.equal(whole.kept_mass, whole.log_probs + 2)
+    bare = Responses.concatenated([replace(part, kept_mass=None) for part in parts])
+    assert bare.kept_mass is None
+    assert torch.equal(bare.entropies, whole.entropies)
 
 
 @given(st.integers(0, 2**32))
@@ -72,6 +81,8 @@ def test_a_batch_holds_each_response_at_its_row(seed: int) -> None:
         assert not batch.rollout_log_probs[row, len(tokens) :].any()
         assert batch.length(row) == len(batch.prompts[row]) + len(tokens) - 1
     assert batch.rewards.dtype == torch.float32
+    assert torch.equal(batch.kept_mass, torch.where(batch.mask, batch.rollout_log_probs + 2, 0.0))
+    assert torch.equal(batch.rollout_entropies, torch.where(batch.mask, batch.rollout_log_probs - 3, 0.0))
 
 
 @given(st.integers(0, 2**32), st.integers(1, 7))
@@ -82,6 +93,17 @@ def test_mini_batches_are_whole_groups_in_order(seed: int, prompts: int) -> None
     groups = [{int(batch.group_ids[row]) for row in rows} for rows in steps]
     assert all(len(ids) == prompts for ids in groups[:-1])
     assert len(set.union(*groups)) == sum(map(len, groups)), "a group is in one step alone"
+
+
+@given(st.integers(0, 2**32), st.integers(1, 7))
+def test_responses_that_were_cut_can_be_left_out_of_the_steps(seed: int, prompts: int) -> None:
+    batch = random_batch(random.Random(seed), 5, shortest=1)
+    steps = list(mini_batches(batch, prompts, finished_only=True))
+    assert all(steps), "a step has rows"
+    finished = [row for row in range(batch.size) if batch.responses.finished[row]]
+    assert [row for rows in steps for row in rows] == finished
+    for rows in steps:  # of the same groups as with those that were cut
+        assert len({int(batch.group_ids[row]) // prompts for row in rows}) == 1
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4))

@@ -93,3 +93,21 @@ def without_an_answer(response: str) -> float:
 
 
 NOT_A_FUNCTION = 1.0
+
+
+def sees_everything(response: str, answer: object, *, record: dict, length: int, prompt: str, finished: bool) -> float:
+    """A number that tells all four apart."""
+    return record["level"] * 1000 + length * 10 + len(prompt) + 0.5 * finished
+
+
+def by_position(length: str, answer: object, finished: bool = True) -> float:
+    """Its first parameter is the response, whatever its name."""
+    return float(length) + finished
+
+
+def asks_for_more(response: str, answer: object, *, difficulty: int) -> float:
+    return 0.0
+
+
+def takes_anything(response: str, answer: object, **others: object) -> float:
+    return float(len(others))

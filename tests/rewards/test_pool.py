@@ -77,6 +77,44 @@ def test_failures_are_contained_and_counted() -> None:
         pool.score(["1"], [""])
 
 
+CONTEXTS = [
+    {"prompt": "p" * n, "finished": n % 2 == 0, "length": n, "record": {"level": n, "other": object}} for n in range(30)
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "asks", "rewards"),
+    [
+        (
+            "sees_everything",
+            {"prompt", "finished", "length", "record"},
+            [n * 1011 + 0.5 * (n % 2 == 0) for n in range(30)],
+        ),
+        ("by_position", {"finished"}, [n + (n % 2 == 0) for n in range(30)]),
+        ("takes_anything", set(), [0] * 30),
+        ("obedient", set(), list(range(30))),
+    ],
+)
+def test_a_function_gets_what_its_parameters_name(function: str, asks: set[str], rewards: list[float]) -> None:
+    responses = [str(n) for n in range(30)]
+    with RewardPool(num_workers=2, timeout_seconds=5.0, reward=f"reward_functions:{function}") as pool:
+        assert set(pool.asks) == asks
+        assert pool.score(responses, [""] * 30, CONTEXTS).rewards == rewards
+        with pytest.raises(ValueError, match="contexts must be as many as responses, got 29 for 30"):
+            pool.score(responses, [""] * 30, CONTEXTS[1:])
+        if asks:
+            with pytest.raises(ValueError, match=rf"{function}' asks for .*finished.*, which are not known here"):
+                pool.score(responses, [""] * 30)
+        else:
+            assert pool.score(responses, [""] * 30).rewards == rewards
+    assert set(check_reward(f"reward_functions:{function}")) == asks
+
+
+def test_a_parameter_that_nothing_fills_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"reward\.function: .*it must take \(response, answer\), but .*difficulty"):
+        check_reward("reward_functions:asks_for_more")
+
+
 def test_mathematics_with_an_answer_that_never_ends() -> None:
     responses = [r"\boxed{5}", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{2+3}", "#### 6", r"\boxed{x=5}"]
     with RewardPool(num_workers=1, timeout_seconds=2.0) as pool:

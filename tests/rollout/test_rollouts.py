@@ -15,7 +15,7 @@ from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.data import Prompt, PromptSet, prompt_indices
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.records.samples import describe_samples
-from eapo_megatron.rollout.engine import ENGINES, SamplingParams, check_engine, open_engine, response_seed
+from eapo_megatron.rollout.engine import ENGINES, SamplingParams, check_engine, check_gives, open_engine, response_seed
 from eapo_megatron.rollout.producer import Synchronous
 from eapo_megatron.rollout.rollouts import Collected, Draw, Rollouts, Sampler, collect, training_draw
 
@@ -104,6 +104,22 @@ def test_an_engine_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> No
         check_engine(recipe("yours"))
 
 
+def test_an_engine_says_what_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, unless it says so; an engine of which nothing is asked is not even imported."""
+    monkeypatch.setitem(ENGINES, "mine", "an_engine")
+    asking = recipe(1, rollout={"engine": "mine"}, algorithm={"old_policy": "rollout"})
+    check_gives(recipe(1, rollout={"engine": "mine"}))
+    monkeypatch.setitem(sys.modules, "an_engine", ModuleType("an_engine"))
+    sentence = (
+        r"^algorithm\.old_policy rollout needs entropies of the rollouts, which rollout\.engine mine does not give$"
+    )
+    with pytest.raises(RecipeError, match=sentence):
+        check_gives(asking)
+    sys.modules["an_engine"].GIVES = ("entropies",)  # type: ignore[attr-defined]
+    check_gives(asking)
+    check_gives(recipe(1, algorithm={"old_policy": "rollout"}))  # the embedded engine
+
+
 class Drawn(Sampler):
     """A sampler whose rewards are told beforehand, prompt by prompt as they are drawn."""
 
@@ -112,7 +128,8 @@ class Drawn(Sampler):
         self.calls: list[tuple[list[int], list[list[int]]]] = []
 
     def sampling(self, **settings: Any) -> SamplingParams:
-        return SamplingParams(**settings)
+        self.settings = SamplingParams(**settings)
+        return self.settings
 
     def sample(self, draw: Draw) -> Rollouts:
         self.calls.append(([p.index for p in draw.prompts], draw.seeds))
@@ -126,15 +143,15 @@ def collected_from(sampler: Drawn, rounds: int, position: int) -> Collected:
     return collect(producer.round, recipe(rounds), position)
 
 
-def recipe(rounds: int) -> Recipe:
+def recipe(rounds: int, **sections: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "run",
             "seed": 5,
             "model": {"path": "folder"},
             "data": {"task": "arithmetic"},
-            "rollout": {"num_generations_per_prompt": 2},
-            "algorithm": {"dynamic_sampling_rounds": rounds},
+            "rollout": {"num_generations_per_prompt": 2, **sections.get("rollout", {})},
+            "algorithm": {"dynamic_sampling_rounds": rounds, **sections.get("algorithm", {})},
             "train": {"num_prompts_per_step": 3, "mini_batch_prompts": 1},
         }
     )
@@ -160,6 +177,13 @@ def test_one_round_keeps_every_group_with_a_verdict() -> None:
         "rollout/staleness_mean": 3.0,
         "rollout/staleness_max": 3.0,
     }
+
+
+@pytest.mark.parametrize("old_policy", ["forward", "rollout"])
+def test_entropies_are_asked_for_where_they_spare_the_forward(old_policy: str) -> None:
+    sampler = Drawn([TELLING] * 3)
+    training_draw(sampler, PROMPTS, recipe(1, algorithm={"old_policy": old_policy}), 0)
+    assert sampler.settings.entropies == (old_policy == "rollout")
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,57 @@ def test_data_formats_and_their_fields(tmp_path: Path) -> None:
     assert "line 1: no field 'reward_model.truth'" in refusal(tmp_path, model=model, data=data)
 
 
+def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_data_set_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of a function, and what the reward function asks for of them; errors name the function and the record."""
+    users_module(
+        tmp_path,
+        monkeypatch,
+        "users_data",
+        "def records(split):\n"
+        "    for n in range(3 if split == 'train' else 1):\n"
+        "        yield {'problem': f'{n}+1=?', 'answer': n + 1, 'level': n}\n"
+        "def train_alone(split):\n"
+        "    return [{'problem': '1', 'answer': '1'}] if split == 'train' else None\n"
+        "def nothing(split):\n    return None\n"
+        "def broken(split):\n    raise OSError('the server is away')\n"
+        "def bare(split):\n    return ['1+1=2']\n"
+        "def without_answers(split):\n    return [{'problem': '1+1=?'}]\n"
+        "def reward(response, answer, record):\n    return record['level']\n",
+    )
+
+    def data(name: str) -> dict[str, Any]:
+        return {"task": None, "function": f"users_data:{name}", "template": "{prompt}"}
+
+    arithmetic_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model = {"tokenizer": str(tmp_path / "tokenizer")}
+    recipe = settings(tmp_path, model=model, data=data("records"), reward={"function": "users_data:reward"})
+    ingredients = prepare(parse_recipe(recipe, source="r.yaml"), 1, source="r.yaml")
+    assert [(p.text, p.answer, p.record["level"]) for p in ingredients.train.prompts if p.record] == [
+        ("0+1=?", "1", 0),
+        ("1+1=?", "2", 1),
+        ("2+1=?", "3", 2),
+    ]
+    assert [p.text for p in ingredients.evaluation] == ["0+1=?"]
+    recipe = settings(tmp_path, model=model, data=data("train_alone"))
+    ingredients = prepare(parse_recipe(recipe, source="r.yaml"), 1, source="r.yaml")
+    assert ingredients.train.prompts[0].record is None, "nothing asks for records"
+    assert ingredients.evaluation == []
+
+    for name, sentence in (
+        ("nothing", 'data.function users_data:nothing returns no records for "train"'),
+        ("broken", "data.function 'users_data:broken' fails for 'train': OSError: the server is away"),
+        ("bare", "data.function users_data:bare (train), record 1: must be an object, got str"),
+        ("without_answers", "data.function users_data:without_answers (train), record 1: no field 'answer'"),
+        ("absent", "r.yaml: data.function 'users_data:absent' cannot be imported: AttributeError"),
+    ):
+        assert refusal(tmp_path, model=model, data=data(name)).startswith(sentence)
+
+
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     (folder / "tokenizer.json").unlink()

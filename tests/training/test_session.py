@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from eapo_megatron.config import RecipeError
+from eapo_megatron.policy.batching import make_batch
 from eapo_megatron.policy.checkpoint import STATE_FILE, STATE_VERSION, Checkpoints
-from eapo_megatron.training.session import Progress
+from eapo_megatron.policy.responses import Responses
+from eapo_megatron.training.session import Progress, Run
 
 # state.json of the first version of the format, as it was written.
 VERSION_1 = {
@@ -54,6 +59,21 @@ def test_fields_that_are_not_known_or_missing_are_named(tmp_path: Path) -> None:
     state = checkpoints(tmp_path, VERSION_1 | {"progress": saved}).state(40)
     with pytest.raises(RecipeError, match=r"step 40: progress lacks \['position'\] and has \['colour'\] too much"):
         Progress.of_state(state)
+
+
+def test_the_old_policys_log_probs_come_from_a_forward_or_from_the_engine() -> None:
+    responses = replace(Responses.of_lists([[3, 4], [5]]), entropies=torch.tensor([0.5, 0.25, 1.0]))
+    batch = make_batch([[1], [2]], responses, torch.tensor([0, 1]), torch.zeros(2), torch.device("cpu"))
+
+    def of(old_policy: str) -> Any:
+        recipe = SimpleNamespace(algorithm=SimpleNamespace(old_policy=old_policy))
+        worker = SimpleNamespace(log_probs_and_entropies=lambda batch: "a forward")
+        return Run.old_policy(SimpleNamespace(recipe=recipe, worker=worker), batch)  # type: ignore[arg-type]
+
+    assert of("forward") == "a forward"
+    log_probs, entropies = of("rollout")
+    assert log_probs is batch.rollout_log_probs
+    assert entropies.tolist() == [[0.5, 0.25], [1.0, 0.0]]
 
 
 def test_a_later_version_is_refused_by_name(tmp_path: Path) -> None:

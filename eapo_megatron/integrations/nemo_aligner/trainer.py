@@ -138,8 +138,9 @@ def check_config(cfg: DictConfig) -> None:
             "kl_coef alone"
         )
     if algorithm.needs.rollout_log_probs:
+        part = "correction" if algorithm.correction.is_on else "loss"
         raise ValueError(
-            "trainer.reinforce.algorithm.loss needs log-probs of the rollouts, which NeMo-Aligner does not keep"
+            f"trainer.reinforce.algorithm.{part} needs log-probs of the rollouts, which NeMo-Aligner does not keep"
         )
     generations, step = settings.num_rollouts_per_prompt, cfg.model.global_batch_size
     algorithm.check_group_size(generations, key="trainer.reinforce.num_rollouts_per_prompt")

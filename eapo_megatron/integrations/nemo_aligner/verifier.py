@@ -37,6 +37,8 @@ class VerifierRewards:
 
     def __enter__(self) -> VerifierRewards:
         run_if_model_parallel_src(self._pool.__enter__)
+        if self._pool.asks:
+            raise ValueError(f"the reward function asks for {', '.join(self._pool.asks)}, which are not known here")
         return self
 
     def __exit__(

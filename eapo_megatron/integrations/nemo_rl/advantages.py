@@ -39,6 +39,10 @@ class EAPOAdvantageEstimator:
         entropies: Callable[[], Tensor],
         log: Callable[[dict[str, float]], None],
     ) -> None:
+        if "correction" in config:
+            raise ValueError(
+                "grpo.adv_estimator.correction is no part of an advantage estimator: give the correction to EAPOLossFn"
+            )
         own = {key: config[key] for key in ESTIMATOR_KEYS if key in config}
         self.algorithm = Algorithm.from_config(own, key="grpo.adv_estimator")
         self.correct_reward = float(config.get("correct_reward", 1.0))

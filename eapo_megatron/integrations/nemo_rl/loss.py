@@ -21,7 +21,7 @@ from eapo_megatron.algorithms import KL_ESTIMATORS, Algorithm, LossInputs, LossS
 class EAPOLossFn:
     """`loss_fn(data, global_valid_seqs, global_valid_toks, next_token_logprobs=...)` -> (loss, metrics).
 
-    Of the algorithm it is the loss alone that counts here.
+    Of the algorithm it is the loss and its correction that count here.
     Raises:
         ValueError: for settings that this protocol cannot carry.
     """
@@ -78,7 +78,7 @@ class EAPOLossFn:
         weights = token_weights
         if self.algorithm.loss_settings.aggregation == "seq_mean_token_mean":
             weights = mask / (mask.sum(dim=1, keepdim=True).clamp(min=1) * global_valid_seqs)
-        old_log_probs = data["prev_logprobs"][:, 1:]
+        old_log_probs, generation_log_probs = data["prev_logprobs"][:, 1:], data["generation_logprobs"][:, 1:]
         needs = self.algorithm.needs
         outputs = self.algorithm.loss(
             LossInputs(
@@ -88,12 +88,13 @@ class EAPOLossFn:
                 mask=mask,
                 ref_log_probs=data["reference_policy_logprobs"][:, 1:] if needs.ref_log_probs else None,
                 weights=weights.float(),
-                rollout_log_probs=data["generation_logprobs"][:, 1:] if needs.rollout_log_probs else None,
+                rollout_log_probs=generation_log_probs if needs.rollout_log_probs else None,
+                corrections=self.algorithm.corrections(old_log_probs, generation_log_probs, mask),
             )
         )
         metrics = {name: value.item() for name, value in outputs.metrics.items()}
         # How far the sampler's log-probs are from the trainer's: grpo_train reads these two by name.
-        generated = torch.where(mask, data["generation_logprobs"][:, 1:], 0.0)
+        generated = torch.where(mask, generation_log_probs, 0.0)
         trained = torch.where(mask, old_log_probs, 0.0)
         metrics["token_mult_prob_error"] = (token_weights * (generated - trained).abs().exp()).sum().item()
         metrics["gen_kl_error"] = (token_weights * KL_ESTIMATORS["k3"](generated, trained)).sum().item()
