@@ -28,6 +28,7 @@ from eapo_megatron.config import Recipe
 from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.rollout.engine import SamplingParams
+from eapo_megatron.rollout.verification import PROBE_TOKENS, check_weights, probe_prompt
 from eapo_megatron.rollout.vllm_client import (
     Answer,
     InFlight,
@@ -113,6 +114,8 @@ class VLLMEngine:
         self.version = version
         self._send(named_tensors, [index for index in self._own if index not in self._lost])
         self._revive()
+        if self._recipe.rollout.verify_weights:
+            self._verify()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
@@ -218,6 +221,22 @@ class VLLMEngine:
             weights = export_weights(self.policy.modules, self.policy.hf_config)
             self._send(weights, [server for server in again if server not in self._lost])
         return revived
+
+    def _verify(self) -> None:
+        """Compares a response of every server with the trainer."""
+        rollout, runtime = self._recipe.rollout, self.policy.runtime
+        sampling = SamplingParams(
+            temperature=rollout.temperature,
+            max_response_tokens=min(PROBE_TOKENS, rollout.max_response_tokens),
+        )
+        prompt = probe_prompt(self.policy.vocab_size, self._recipe.data.max_prompt_tokens)
+        answers = []
+        for server in self._own:
+            answer = self._clients[server].generate(Request(prompt, self._recipe.seed, sampling))
+            assert answer is not None  # nothing changes the weights meanwhile
+            answers.append(answer)
+        own = self._from_leader(responses_of(answers))
+        check_weights(self.policy, prompt, Responses.gathered(own, runtime.gather_rows), rollout.temperature)
 
     def _all_lost(self) -> dict[int, str]:
         """The servers that any rank has lost, the same on all ranks."""
