@@ -30,9 +30,7 @@ def check_weights(policy: Policy, prompt: Sequence[int], sampled: Responses, tem
         TrainingStoppedError: on all ranks, with the largest mean difference of a response.
     """
     count = len(sampled)
-    batch = make_batch(
-        [list(prompt)] * count, sampled, torch.arange(count), torch.zeros(count), policy.runtime.device
-    )
+    batch = make_batch([list(prompt)] * count, sampled, torch.arange(count), torch.zeros(count), policy.runtime.device)
     worker = PolicyWorker(policy, micro_batch_size=1, temperature=temperature)
     own, _ = worker.log_probs_and_entropies(batch)
     means = ((own - batch.rollout_log_probs).abs() * batch.mask).sum(-1) / batch.mask.sum(-1)

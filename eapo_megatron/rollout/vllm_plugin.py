@@ -149,6 +149,7 @@ def check_complete(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         own = info.kernel_tensors[0] if info.can_load() and info.kernel_tensors else layer._parameters
+        # None where the CPU keeps a packed copy instead.
         storages = {p.untyped_storage().data_ptr() for p in own.values() if p is not None and p.numel()}
         waiting = {n: p for n, p in layer._parameters.items() if p is not None and n not in SKIP_LOAD_TENSORS}
         wanted = sum(parameter.numel() for parameter in waiting.values()) - _padding(layer)
@@ -158,7 +159,7 @@ def check_complete(model: nn.Module) -> None:
             came = {parameter for parameter, _ in info.loaded_weights}
             names = ", ".join(f"{name}.{n}" for n in waiting if n not in came) or f"parts of {name}"
             lacking[name] = storages, f"{names} ({info.load_numel} of {wanted} elements of the layer came)"
-    words = [what for storages, what in lacking.values() if not storages <= loaded]
+    words = [what for storages, what in lacking.values() if not storages or not storages <= loaded]
     if words:
         raise IncompleteWeightsError(f"the weight update lacks {'; '.join(words[:8])}")
 

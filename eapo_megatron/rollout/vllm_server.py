@@ -96,7 +96,7 @@ def transfer_backend(recipe: Recipe) -> str:
 
 
 class VLLMServer:
-    """One server that this process starts, watches and ends. `log` takes what it prints."""
+    """One server that this process starts, watches and ends. `log` takes what it prints; `log`.1 is the one before."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, log: Path, *, environment: Mapping[str, str], on_gpu: bool
@@ -115,6 +115,8 @@ class VLLMServer:
         port = free_port()
         command = server_command(self._recipe, self._folder, host="127.0.0.1", port=port, on_gpu=self._on_gpu)
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        if self._log.exists():
+            self._log.replace(self._log.with_name(f"{self._log.name}.1"))
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -34,6 +34,8 @@ def main(recipe: Recipe, out: Path) -> None:
     source = weight_source(recipe.model, hf_config, recipe.seed)
     policy = open_policy(hf_config, recipe.model, recipe.parallel, runtime, source)
     engine = open_engine(policy, recipe, None)  # type: ignore[arg-type]
+    if engine._sender is not None:
+        engine._sender._bucket_bytes = 2**16  # the model has several
     results = []
     try:
         for version in (1, 2):

@@ -44,8 +44,7 @@ def test_log_probs_after_every_transfer(
             "max_response_tokens": 64,
             "max_batch_size": 16,
             "verify_weights": True,
-            # Buckets of 1 MiB: the smallest models have a few
-            "vllm": {"bucket_mb": 1, **vllm},
+            "vllm": vllm,
         },
         "logging": {"run_dir": str(tmp_path)},
     }
