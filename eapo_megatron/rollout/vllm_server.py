@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -20,7 +21,10 @@ from pathlib import Path
 from eapo_megatron.config import Recipe
 from eapo_megatron.rollout.vllm_client import ServerLostError, VLLMClient
 from eapo_megatron.rollout.vllm_plugin import PARENT
-from eapo_megatron.rollout.vllm_release import check_release
+from eapo_megatron.rollout.vllm_release import check_installed, check_release
+from eapo_megatron.stopping import STOP_SIGNALS
+from eapo_megatron.weights.assets import copy_assets, write_whole_config
+from eapo_megatron.weights.huggingface import hf_config_of
 
 CPU_BLOCK_SIZE = 32  # tokens; vLLM's 128 on CPU shares no shorter prompt within a group
 CPU_BATCHED_TOKENS = 8192
@@ -93,6 +97,38 @@ def transfer_backend(recipe: Recipe) -> str:
     if settings.weight_transfer != "auto":
         return settings.weight_transfer
     return "shared_memory" if settings.placement == "colocated" else "gloo"
+
+
+def serve(recipe: Recipe, *, source: str, host: str, port: int, on_gpu: bool) -> int:
+    """Runs a server of the recipe's model for other machines until it ends -> its exit code.
+
+    It serves nothing before a trainer has sent it weights.
+
+    Raises:
+        RecipeError: when the recipe or this environment is wrong.
+    """
+    check_installed()
+    hf_config = hf_config_of(recipe.model, source=source)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if recipe.model.path is None:
+            write_whole_config(folder, hf_config)
+        else:
+            copy_assets(Path(recipe.model.path), folder)
+        separate = recipe.rollout.vllm.model_copy(update={"placement": "separate", "addresses": [f"{host}:{port}"]})
+        rollout = recipe.rollout.model_copy(update={"vllm": separate})
+        settings = recipe.model_copy(update={"rollout": rollout})
+        environment = server_environment(gpus=None, threads=os.cpu_count() or 1, parent=os.getpid())
+        process = subprocess.Popen(
+            server_command(settings, folder, host=host, port=port, on_gpu=on_gpu), env=environment
+        )
+        for stop_signal in STOP_SIGNALS:
+            signal.signal(stop_signal, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:
+            process.kill()
+            process.wait()
 
 
 class VLLMServer:
