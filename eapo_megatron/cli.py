@@ -131,6 +131,27 @@ def check(
 
 
 @app.command()
+def serve(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="The port to listen on.")] = 8000,
+) -> None:
+    """Runs a server of vLLM for runs with `rollout.vllm.placement: separate`, which send it its weights.
+
+    The server lets whoever reaches its port replace its weights: keep it inside the cluster.
+    """
+    import torch  # seconds
+
+    from eapo_megatron.rollout.vllm_server import serve as serve_until_it_ends
+
+    settings = load_recipe(recipe, overrides or [])
+    device = settings.cluster.device
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    raise typer.Exit(serve_until_it_ends(settings, source=recipe, host=host, port=port, on_gpu=on_gpu))
+
+
+@app.command()
 def recipes(
     destination: Annotated[
         Path | None, typer.Argument(metavar="[DEST]", help="With --copy: the new file, or its folder; default: here.")

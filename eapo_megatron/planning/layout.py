@@ -109,9 +109,21 @@ class Layout:
         return self.recipe.rollout.engine == "megatron"
 
     @property
+    def hosts_engine(self) -> bool:
+        """Whether servers of vLLM share the GPUs of the first stage's ranks."""
+        return self.recipe.rollout.engine == "vllm" and self.recipe.rollout.vllm.placement == "colocated"
+
+    @property
+    def engine_tp(self) -> int:
+        """Ranks that share the weights of what decodes: the policy's own, or vLLM's."""
+        return self.tp if self.decodes_itself else self.recipe.rollout.vllm.tensor_parallel_size
+
+    @property
     def decoding_batch(self) -> int:
-        """Responses decoded together on one model replica; a prompt's responses stay together."""
+        """Responses decoded together; a prompt's responses stay together where the policy itself decodes."""
         rollout, train = self.recipe.rollout, self.recipe.train
+        if not self.decodes_itself:
+            return min(rollout.max_batch_size, self.responses_per_step)
         generations = rollout.num_generations_per_prompt
         prompts = min(max(rollout.max_batch_size // generations, 1), -(-train.num_prompts_per_step // self.dp))
         return prompts * generations
@@ -134,6 +146,13 @@ class Layout:
             if not (self.shape.tied and first):
                 dense += matrix
         return RankParameters(dense, sum(layer.experts for layer in layers) // (self.etp * self.ep))
+
+    def engine_parameters(self) -> int:
+        """Parameters on a rank of vLLM, which holds all layers."""
+        shape, tp = self.shape, self.engine_tp
+        layers = sum(layer.replicated + (layer.sharded + layer.experts) // tp for layer in shape.layers)
+        matrices = (1 if shape.tied else 2) * padded_vocab_size(shape.vocab_size, tp) // tp * shape.hidden_size
+        return layers + matrices + shape.final_norm
 
 
 def stage_layers(parallel: Parallel, num_layers: int) -> list[list[int]]:

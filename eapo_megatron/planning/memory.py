@@ -30,6 +30,7 @@ class RankMemory:
     logits: int  # what their logits and gradient would take instead
     kv_cache: int
     sampling: int
+    engine: int  # weights of a server that shares this rank's GPU; they leave it in training
 
     @property
     def resident(self) -> int:
@@ -41,7 +42,7 @@ class RankMemory:
 
     @property
     def rollout_peak(self) -> int:
-        return self.resident + self.kv_cache + self.sampling
+        return self.resident + self.engine + self.kv_cache + self.sampling
 
     @property
     def peak(self) -> int:
@@ -57,7 +58,9 @@ def stage_memory(layout: Layout, stage: int) -> RankMemory:
     """The memory of each rank of a pipeline stage."""
     parameters = layout.parameters(stage)
     last = stage == layout.pp - 1
-    batch = layout.decoding_batch if layout.decodes_itself else 0
+    hosts_engine = layout.hosts_engine and stage == 0  # servers are on the GPUs of replica leaders
+    layers = len(layout.stages[stage]) if layout.decodes_itself else len(layout.shape.layers)
+    batch = layout.decoding_batch if layout.decodes_itself or hosts_engine else 0
     return RankMemory(
         stage=stage,
         weights=layout.dtype_bytes * parameters.total,
@@ -66,8 +69,9 @@ def stage_memory(layout: Layout, stage: int) -> RankMemory:
         activations=int(activation_bytes(layout, stage)),
         head=int(head_bytes(layout)) if last else 0,
         logits=logits_bytes(layout) if last else 0,
-        kv_cache=batch * layout.sequence_length * len(layout.stages[stage]) * kv_cache_bytes(layout),
-        sampling=batch * layout.shape.vocab_size * SAMPLING_BYTES if last else 0,
+        kv_cache=batch * layout.sequence_length * layers * kv_cache_bytes(layout),
+        sampling=batch * layout.shape.vocab_size * SAMPLING_BYTES if last and layout.decodes_itself else 0,
+        engine=layout.dtype_bytes * layout.engine_parameters() if hosts_engine else 0,
     )
 
 
@@ -131,4 +135,4 @@ def logits_bytes(layout: Layout) -> int:
 def kv_cache_bytes(layout: Layout) -> int:
     """Keys and values of one token in one layer."""
     shape = layout.shape
-    return layout.dtype_bytes * max(shape.groups // layout.tp, 1) * (shape.key_width + shape.value_width)
+    return layout.dtype_bytes * max(shape.groups // layout.engine_tp, 1) * (shape.key_width + shape.value_width)

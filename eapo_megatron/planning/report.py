@@ -74,20 +74,30 @@ def _memory_table(plan: Plan) -> Table:
             memory.head,
             f"logits would take {_size(memory.logits)}" if on_last_stage else "on the last stage",
         ),
+        "rollout: vLLM's weights": (
+            memory.engine,
+            f"TP {layout.engine_tp}, asleep in training" if memory.engine else _engine_place(layout),
+        ),
         "rollout: KV cache": (
             memory.kv_cache,
             f"{layout.decoding_batch} responses x {layout.sequence_length} tokens"
-            if layout.decodes_itself
-            else "vllm's own, not counted",
+            if memory.kv_cache
+            else _engine_place(layout),
         ),
         "rollout: sampling": (memory.sampling, "" if on_last_stage else "on the last stage"),
     }
+    if layout.decodes_itself:
+        del rows["rollout: vLLM's weights"]
     for part, (size, note) in rows.items():
         table.add_row(part, _size(size), note)
     table.add_section()
     table.add_row("peak in training", _size(memory.training_peak), "")
     table.add_row("peak in rollout", _size(memory.rollout_peak), "")
     return table
+
+
+def _engine_place(layout: Layout) -> str:
+    return "on the first stage" if layout.hosts_engine else "on vLLM's own nodes"
 
 
 def _work_table(plan: Plan) -> Table:

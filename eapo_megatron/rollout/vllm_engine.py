@@ -28,6 +28,7 @@ from eapo_megatron.config import Recipe
 from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.rollout.engine import SamplingParams
+from eapo_megatron.rollout.verification import PROBE_TOKENS, check_weights, probe_prompt
 from eapo_megatron.rollout.vllm_client import (
     Answer,
     InFlight,
@@ -84,7 +85,7 @@ class VLLMEngine:
     def __init__(self, policy: Policy, recipe: Recipe) -> None:
         self.policy = policy
         self.version = 0
-        self._in_flight: InFlight = recipe.rollout.requests_in_flight
+        self.in_flight: InFlight = recipe.rollout.requests_in_flight
         self._dropping = False
         self.restarts = 0
         self._recipe = recipe
@@ -114,6 +115,8 @@ class VLLMEngine:
         self.version = version
         self._send(named_tensors, [index for index in self._own if index not in self._lost])
         self.restore()
+        if self._recipe.rollout.verify_weights:
+            self._verify()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
@@ -210,7 +213,7 @@ class VLLMEngine:
             deque(named_tensors, maxlen=0)
             return
         numbers = {self._clients[server]: server for server in servers}
-        failed = self._sender.send(named_tensors, list(numbers), self.version, in_flight=self._in_flight)
+        failed = self._sender.send(named_tensors, list(numbers), self.version, in_flight=self.in_flight)
         for client, error in failed.items():
             self._lose(numbers[client], client, str(error))
 
@@ -235,6 +238,22 @@ class VLLMEngine:
             weights = export_weights(self.policy.modules, self.policy.hf_config)
             self._send(weights, [server for server in again if server not in self._lost])
         return revived
+
+    def _verify(self) -> None:
+        """Compares a response of every server with the trainer."""
+        rollout, runtime = self._recipe.rollout, self.policy.runtime
+        sampling = SamplingParams(
+            temperature=rollout.temperature,
+            max_response_tokens=min(PROBE_TOKENS, rollout.max_response_tokens),
+        )
+        prompt = probe_prompt(self.policy.vocab_size, self._recipe.data.max_prompt_tokens)
+        answers = []
+        for server in self._own:
+            answer = self._clients[server].generate(Request(prompt, self._recipe.seed, sampling))
+            assert answer is not None  # nothing changes the weights meanwhile
+            answers.append(answer)
+        own = Responses.from_leader(responses_of(answers), runtime.from_replica_leader)
+        check_weights(self.policy, prompt, Responses.gathered(own, runtime.gather_rows), rollout.temperature)
 
     def _all_lost(self) -> dict[int, str]:
         """The servers that any rank has lost, the same on all ranks."""

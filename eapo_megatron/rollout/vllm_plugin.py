@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from eapo_megatron.stopping import end_with_parent
 PARENT = "EAPO_MEGATRON_VLLM_PARENT"  # the process that started the server
 BACKENDS = {"gloo": "GlooReceiver", "shared_memory": "SharedMemoryReceiver", "disk": "DiskReceiver"}
 
-_registered = False
+_registered_in = 0  # the process
 
 
 class IncompleteWeightsError(RuntimeError):
@@ -35,13 +36,25 @@ class IncompleteWeightsError(RuntimeError):
 
 def register() -> None:
     """Called by vLLM once or more in each of its processes."""
-    global _registered
-    if PARENT not in os.environ or _registered:
+    global _registered_in
+    if PARENT not in os.environ or _registered_in == os.getpid():
         return
-    _registered = True
-    parent = multiprocessing.parent_process()
-    end_with_parent(int(os.environ[PARENT]) if parent is None or parent.pid is None else parent.pid)
+    patched, _registered_in = bool(_registered_in), os.getpid()
+    end_with_server()
+    if not patched:  # a forked process has its parent's
+        _patch()
 
+
+def end_with_server() -> None:
+    """Ends this process with the one that started it: the trainer, for a server's first, or another of the server's."""
+    above = multiprocessing.parent_process()
+    starter = int(os.environ[PARENT]) if above is None else above.pid
+    if starter is None or not Path(f"/proc/{starter}").exists():
+        os._exit(1)
+    end_with_parent(os.getppid())  # the starter; for vLLM's plain subprocesses, the process of the server that waits
+
+
+def _patch() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader import reload
     from vllm.v1.sample.sampler import Sampler
@@ -136,6 +149,7 @@ def check_complete(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         own = info.kernel_tensors[0] if info.can_load() and info.kernel_tensors else layer._parameters
+        # None where the CPU keeps a packed copy instead.
         storages = {p.untyped_storage().data_ptr() for p in own.values() if p is not None and p.numel()}
         waiting = {n: p for n, p in layer._parameters.items() if p is not None and n not in SKIP_LOAD_TENSORS}
         wanted = sum(parameter.numel() for parameter in waiting.values()) - _padding(layer)
@@ -145,7 +159,7 @@ def check_complete(model: nn.Module) -> None:
             came = {parameter for parameter, _ in info.loaded_weights}
             names = ", ".join(f"{name}.{n}" for n in waiting if n not in came) or f"parts of {name}"
             lacking[name] = storages, f"{names} ({info.load_numel} of {wanted} elements of the layer came)"
-    words = [what for storages, what in lacking.values() if not storages <= loaded]
+    words = [what for storages, what in lacking.values() if not storages or not storages <= loaded]
     if words:
         raise IncompleteWeightsError(f"the weight update lacks {'; '.join(words[:8])}")
 

@@ -17,14 +17,23 @@ def check_vllm(recipe: Recipe) -> None:
     Raises:
         RecipeError: one sentence.
     """
-    if recipe.rollout.vllm.placement == "separate":
-        return
+    if recipe.rollout.vllm.placement == "colocated":
+        check_installed()
+
+
+def check_installed() -> None:
+    """Whether this environment can start a server.
+
+    Raises:
+        RecipeError: one sentence.
+    """
     installed = {name: version for name in DISTRIBUTIONS if (version := _version_of(name))}
     if not installed:
         raise RecipeError(
             f"rollout.engine vllm needs vllm {_words(SUPPORTED)}, and none is installed: pip install vllm"
         )
-    check_release(*installed.values(), where="installed here")
+    for version in installed.values():
+        check_release(version, where="installed here")
     if not any(
         entry.value.startswith("eapo_megatron.") for entry in metadata.entry_points(group="vllm.general_plugins")
     ):

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -20,7 +21,10 @@ from pathlib import Path
 from eapo_megatron.config import Recipe
 from eapo_megatron.rollout.vllm_client import ServerLostError, VLLMClient
 from eapo_megatron.rollout.vllm_plugin import PARENT
-from eapo_megatron.rollout.vllm_release import check_release
+from eapo_megatron.rollout.vllm_release import check_installed, check_release
+from eapo_megatron.stopping import STOP_SIGNALS
+from eapo_megatron.weights.assets import copy_assets, write_whole_config
+from eapo_megatron.weights.huggingface import hf_config_of
 
 CPU_BLOCK_SIZE = 32  # tokens; vLLM's 128 on CPU shares no shorter prompt within a group
 CPU_BATCHED_TOKENS = 8192
@@ -95,8 +99,40 @@ def transfer_backend(recipe: Recipe) -> str:
     return "shared_memory" if settings.placement == "colocated" else "gloo"
 
 
+def serve(recipe: Recipe, *, source: str, host: str, port: int, on_gpu: bool) -> int:
+    """Runs a server of the recipe's model for other machines until it ends -> its exit code.
+
+    It serves nothing before a trainer has sent it weights.
+
+    Raises:
+        RecipeError: when the recipe or this environment is wrong.
+    """
+    check_installed()
+    hf_config = hf_config_of(recipe.model, source=source)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if recipe.model.path is None:
+            write_whole_config(folder, hf_config)
+        else:
+            copy_assets(Path(recipe.model.path), folder)
+        separate = recipe.rollout.vllm.model_copy(update={"placement": "separate", "addresses": [f"{host}:{port}"]})
+        rollout = recipe.rollout.model_copy(update={"vllm": separate})
+        settings = recipe.model_copy(update={"rollout": rollout})
+        environment = server_environment(gpus=None, threads=os.cpu_count() or 1, parent=os.getpid())
+        process = subprocess.Popen(
+            server_command(settings, folder, host=host, port=port, on_gpu=on_gpu), env=environment
+        )
+        for stop_signal in STOP_SIGNALS:
+            signal.signal(stop_signal, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:
+            process.kill()
+            process.wait()
+
+
 class VLLMServer:
-    """One server that this process starts, watches and ends. `log` takes what it prints."""
+    """One server that this process starts, watches and ends. `log` takes what it prints; `log`.1 is the one before."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, log: Path, *, environment: Mapping[str, str], on_gpu: bool
@@ -115,6 +151,8 @@ class VLLMServer:
         port = free_port()
         command = server_command(self._recipe, self._folder, host="127.0.0.1", port=port, on_gpu=self._on_gpu)
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        if self._log.exists():
+            self._log.replace(self._log.with_name(f"{self._log.name}.1"))
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

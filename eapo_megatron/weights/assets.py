@@ -72,13 +72,18 @@ def save_run_assets(
             left_out = copy_assets(Path(model.path), folder)
         else:
             tokenizer.save_pretrained(folder)
-            write_config(folder, {"architectures": [_architecture(hf_config)], **hf_config})
+            write_whole_config(folder, hf_config)
         if model.tokenizer is not None:
             left_out += copy_assets(Path(model.tokenizer), folder, tokenizer_only=True)
         if any("token" in name for name in left_out):
             tokenizer.save_pretrained(folder)
         if CONFIG_FILE in left_out:
             write_config(folder, hf_config)
+
+
+def write_whole_config(folder: Path, hf_config: Mapping[str, Any]) -> None:
+    """config.json of a model of the recipe's own, with the class that other readers go by."""
+    write_config(folder, {"architectures": [_architecture(hf_config)], **hf_config})
 
 
 def write_config(folder: Path, hf_config: Mapping[str, Any]) -> None:

@@ -110,9 +110,26 @@ def test_more_of_a_recipe_takes_more_memory() -> None:
     deeper = "parallel={tensor_model_parallel_size: 2, pipeline_model_parallel_size: 4, sequence_parallel: true}"
     piped = plan_of(DENSE, deeper).layout
     assert worst_rank(piped).stage == 0  # most micro-batches in flight
-    without = plan_of(DENSE, "rollout.engine=vllm").memory
-    assert (without.kv_cache, without.sampling) == (0, 0)
+    elsewhere = "rollout.vllm={placement: separate, addresses: ['node:8000']}"
+    without = plan_of(DENSE, "rollout.engine=vllm", elsewhere).memory
+    assert (without.engine, without.kv_cache, without.sampling) == (0, 0, 0)
     assert usable_bytes("h200-141gb") > usable_bytes("h100-80gb")
+
+
+def test_vllm_beside_the_policy_takes_its_weights_and_cache() -> None:
+    """Qwen2.5-7B: 7,615,616,512 parameters, 28 layers, 4 key-value heads of 128; biases and norms are replicated."""
+    whole = plan_of(DENSE, "rollout.engine=vllm").memory
+    assert whole.engine == 2 * 7_615_616_512
+    plan = plan_of(DENSE, "rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=4")
+    assert whole.engine / 4 < plan.memory.engine < whole.engine / 4 * 1.001
+    rollout, data = plan.layout.recipe.rollout, plan.layout.recipe.data
+    tokens = rollout.max_batch_size * (data.max_prompt_tokens + rollout.max_response_tokens)
+    assert whole.kv_cache == tokens * 28 * 2 * 4 * 128 * 2
+    assert plan.memory.kv_cache == whole.kv_cache / 4
+    assert plan.memory.rollout_peak == plan.memory.resident + plan.memory.engine + plan.memory.kv_cache
+    text = io.StringIO()
+    print_plan(plan, Console(width=120, file=text))
+    assert "vLLM's weights" in text.getvalue()
 
 
 def test_the_report_names_every_part() -> None:

@@ -14,7 +14,11 @@ from eapo_megatron.recipe_files import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*-*.yaml"))
-ON_CPU = {"eapo-qwen2-tiny-arithmetic-1n2g-tp2", "eapo-qwen2-tiny-gsm8k-1n4g-tp2pp2"}
+ON_CPU = {
+    "eapo-qwen2-tiny-arithmetic-1n2g-tp2",
+    "eapo-qwen2-tiny-arithmetic-vllm-1n2g-tp2",
+    "eapo-qwen2-tiny-gsm8k-1n4g-tp2pp2",
+}
 
 
 def recipe_of(name: str) -> Recipe:

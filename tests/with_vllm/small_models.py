@@ -53,12 +53,20 @@ def write_model(folder: Path, name: str, seed: int = 0) -> Path:
 
 
 def reference(folder: Path) -> torch.nn.Module:
-    """The model in float64."""
-    from transformers import AutoModelForCausalLM
+    """The model in float64.
 
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    Made and filled: `from_pretrained` leaves buffers undefined beside Megatron's stand-ins for torch.cuda.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    missing = set(model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys)
+    assert missing <= {"lm_head.weight"}  # tied
+    return model.double().eval()
 
 
 def log_softmax(model: torch.nn.Module, prompt: Sequence[int], tokens: Sequence[int], temperature: float) -> Tensor:

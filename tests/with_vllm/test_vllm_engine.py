@@ -2,68 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import copy
+import time
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from launch import free_port
-
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
-from small_models import VOCAB_SIZE, log_probs, log_softmax, reference, write_model
+from small_models import VOCAB_SIZE, log_probs, log_softmax, perturbed
 
-from eapo_megatron.config import Parallel, Recipe
-from eapo_megatron.policy.policy_model import Policy, open_policy
-from eapo_megatron.policy.runtime import start_runtime, stop_runtime
+from eapo_megatron.config import Recipe
+from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.rollout.engine import SamplingParams
+from eapo_megatron.rollout.vllm_client import Request
 from eapo_megatron.rollout.vllm_engine import VLLMEngine, open_engine
-from eapo_megatron.weights.assets import save_run_assets
+from eapo_megatron.rollout.weight_transfer import buckets
 from eapo_megatron.weights.export import export_weights
-from eapo_megatron.weights.huggingface import hf_config_of, weight_source
 
 LONG_PROMPT = [(7 * i) % VOCAB_SIZE for i in range(100)]  # several blocks of the prefix cache
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
-    """A Hugging Face folder and its float64 reference, loaded before Megatron's stand-ins for torch.cuda are there."""
-    folder = write_model(tmp_path_factory.mktemp("model"), "tied")
-    return folder, reference(folder)
-
-
-@pytest.fixture(scope="module")
-def float64(model: tuple[Path, torch.nn.Module]) -> torch.nn.Module:
-    return model[1]
-
-
-@pytest.fixture(scope="module")
-def recipe(model: tuple[Path, torch.nn.Module]) -> Recipe:
-    folder, _ = model
-    return Recipe.model_validate(
-        {
-            "name": "run",
-            "model": {"path": str(folder), "dtype": "float32"},
-            "data": {"task": "arithmetic", "max_prompt_tokens": 128},
-            "rollout": {"engine": "vllm", "max_response_tokens": 64, "max_batch_size": 16, "vllm": {"bucket_mb": 1}},
-            "logging": {"run_dir": str(folder.parent)},
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def policy(recipe: Recipe) -> Iterator[Policy]:
-    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    os.environ |= {key: str(value) for key, value in world.items()}
-    runtime = start_runtime(Parallel(), seed=1)
-    hf_config = hf_config_of(recipe.model, source="test")
-    save_run_assets(recipe.run_folder, recipe.model, hf_config, None)  # type: ignore[arg-type]
-    yield open_policy(hf_config, recipe.model, Parallel(), runtime, weight_source(recipe.model, hf_config, 1))
-    stop_runtime()
-    for key in world:
-        del os.environ[key]
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +75,90 @@ def test_stop_tokens_end_a_response(engine: VLLMEngine) -> None:
 
 def test_no_prompts_give_no_responses(engine: VLLMEngine) -> None:
     assert len(engine.generate([], [], SamplingParams())) == 0
+
+
+def assert_samples_from(engine: VLLMEngine, model: torch.nn.Module, version: int) -> None:
+    """Long prompts, twice: the second reads the first one's prefix cache."""
+    for _ in range(2):
+        sampling = SamplingParams(temperature=0.7, top_p=0.9, max_response_tokens=8)
+        responses = engine.generate([LONG_PROMPT], [[1, 2]], sampling)
+        assert responses.versions.tolist() == [version] * 2
+        for tokens, got in zip(responses.token_lists(), responses.log_prob_lists(), strict=True):
+            expected = log_probs(model, LONG_PROMPT, tokens, 0.7)
+            torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), expected, atol=1e-4, rtol=0)
+
+
+def exported(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    return export_weights(policy.modules, policy.hf_config)
+
+
+def test_new_weights_and_no_stale_prefix(engine: VLLMEngine, policy: Policy, float64: torch.nn.Module) -> None:
+    assert_samples_from(engine, float64, 3)
+    moved = copy.deepcopy(float64)
+    state = moved.state_dict()
+    for name, tensor in perturbed(exported(policy), seed=5):
+        state[name].copy_(tensor)
+    engine.update_weights(perturbed(exported(policy), seed=5), 4)
+    assert_samples_from(engine, moved, 4)
+    engine.update_weights(exported(policy), 5)
+    assert_samples_from(engine, float64, 5)
+
+
+def test_responses_in_flight_go_on_with_new_weights(engine: VLLMEngine, policy: Policy) -> None:
+    sampling = SamplingParams(max_response_tokens=64)
+    for in_flight, versions in (("wait", {6}), ("keep", {6, 7, 8}), ("abort", {8, 9})):
+        engine.in_flight = in_flight  # type: ignore[assignment]
+        engine.update_weights(exported(policy), min(versions))
+        with ThreadPoolExecutor() as pool:
+            sampled = pool.submit(engine.sample_here, [[5, 6]], [list(range(40))], sampling)
+            time.sleep(0.3)
+            engine.update_weights(exported(policy), max(versions) if in_flight != "wait" else 7)
+            responses = sampled.result()
+        assert responses.lengths.tolist() == [64] * 40  # none is lost, none cut
+        assert set(responses.versions.tolist()) <= versions | {7}
+    engine.in_flight = "wait"
+
+
+def test_an_interrupted_transfer_is_never_served(engine: VLLMEngine, policy: Policy, float64: torch.nn.Module) -> None:
+    assert engine._sender is not None
+    client, transport = engine._clients[0], engine._sender._transport
+    client.pause("wait")
+    client.start_weight_update()
+    first = next(buckets(perturbed(exported(policy), seed=6), transport, 2**16))
+    transport.send(client, first)  # and no more: its trainer is gone
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(client.generate, Request([5, 6], 1, SamplingParams(max_response_tokens=4)))
+        time.sleep(1)
+        assert not waiting.done()
+        engine.update_weights(exported(policy), 10)
+        answer = waiting.result()
+    assert answer is not None
+    assert answer.version == 10
+    assert_samples_from(engine, float64, 10)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "named"),
+    [
+        ("model.layers.1.self_attn.k_proj.weight", "layers.1.self_attn.qkv_proj"),
+        ("model.layers.2.", "layers.2.mlp.down_proj.weight"),
+        ("model.embed_tokens", "embed_tokens.weight"),
+    ],
+)
+def test_an_incomplete_transfer_is_refused_by_name(
+    engine: VLLMEngine,
+    policy: Policy,
+    float64: torch.nn.Module,
+    capfd: pytest.CaptureFixture[str],
+    left_out: str,
+    named: str,
+) -> None:
+    """The server ends rather than serve it, and comes back with the policy's weights."""
+    version = engine.version + 1
+    kept = (pair for pair in perturbed(exported(policy), seed=7) if not pair[0].startswith(left_out))
+    engine.update_weights(kept, version)
+    log = (engine._recipe.run_folder / "rollout" / "server-0.log.1").read_text()
+    assert "the weight update lacks" in log
+    assert named in log
+    assert "rollout server 0 is started again" in capfd.readouterr().err
+    assert_samples_from(engine, float64, version)
