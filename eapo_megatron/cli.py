@@ -20,6 +20,7 @@ from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.failures import described, print_error, report_failure
 from eapo_megatron.launcher import check_devices, rank_environment, run_local_ranks
 from eapo_megatron.recipe_files import built_in_recipes, copy_recipe, load_recipe
+from eapo_megatron.rollout.vllm_release import check_addresses
 from eapo_megatron.run_lock import RunLock, check_unlocked
 from eapo_megatron.slurm import job_folder, job_script, submit_job
 from eapo_megatron.stopping import InterruptedRunError, StopRequest, TrainingStoppedError
@@ -63,6 +64,7 @@ def train(
     if settings.cluster.num_nodes > 1:
         raise RecipeError(f"{recipe}: cluster.num_nodes {settings.cluster.num_nodes} needs srun or torchrun")
     check_devices(settings)
+    check_addresses(settings)
     _prepare(settings, settings.cluster.world_size, source=recipe)
     check_unlocked(settings.run_folder)
     raise typer.Exit(run_local_ranks(settings.cluster.world_size, ["train", recipe, *overrides]))
@@ -278,6 +280,7 @@ def _train_rank(settings: Recipe, *, source: str) -> None:
             f"gpus_per_node {cluster.gpus_per_node} = {cluster.world_size}"
         )
     check_devices(settings, int(os.environ["LOCAL_RANK"]))
+    check_addresses(settings)
     ingredients = _prepare(settings, world_size, source=source)
     # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")

@@ -1,5 +1,7 @@
 """A recipe as a SLURM job: launch/slurm/train.sbatch with the recipe's nodes and GPUs filled in.
 
+With `rollout.vllm.num_nodes` it is launch/slurm/rollout_hetjob.sbatch, a job of two groups of nodes.
+
 The script is complete: it holds its options, the interpreter and the recipe, and is kept in the run folder, so that
 what was submitted can be read, changed and submitted again with sbatch alone.
 """
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from eapo_megatron.config import Recipe, RecipeError
 
-TEMPLATE = Path(__file__).parent / "launch" / "slurm" / "train.sbatch"
+SCRIPTS = Path(__file__).parent / "launch" / "slurm"
 
 
 def job_folder(recipe: Recipe) -> Path:
@@ -49,6 +51,9 @@ def job_script(
     if cluster.device != "cpu":
         asked.append(f"--gpus-per-node={cluster.gpus_per_node}")
     variables = {"LOGS": str(folder)}
+    template, servers = SCRIPTS / "train.sbatch", _servers(recipe)
+    if servers:
+        template, variables["TRAIN_SBATCH"] = SCRIPTS / "rollout_hetjob.sbatch", str(template)
     if "CONTAINER" in environment:
         variables |= {name: environment[name] for name in ("CONTAINER", "MOUNTS") if name in environment}
     else:
@@ -56,16 +61,33 @@ def job_script(
     for text in (*asked, *options, *arguments, *variables.values()):
         if any(character in text for character in "\n\r\0"):
             raise RecipeError(f"{text!r} holds a line break or NUL, which a job's script cannot hold")
-    header, body = TEMPLATE.read_text(encoding="utf-8").split("\n\n", 1)
+    header, body = template.read_text(encoding="utf-8").split("\n\n", 1)
     lines = [
         header,
         *(f"#SBATCH {shlex.quote(option)}" for option in (*asked, *options)),
+        *(
+            ["#SBATCH hetjob", *(f"#SBATCH {shlex.quote(option)}" for option in (*servers, *options))]
+            if servers
+            else []
+        ),
         "",
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         f"set -- {shlex.join(arguments)}",
         body,
     ]
     return "\n".join(lines)
+
+
+def _servers(recipe: Recipe) -> list[str]:
+    """What is asked for vLLM's servers on nodes of their own; nothing where there are none."""
+    cluster, vllm = recipe.cluster, recipe.rollout.vllm
+    if recipe.rollout.engine != "vllm" or not vllm.num_nodes:
+        return []
+    if cluster.device == "cpu":
+        return [f"--nodes={vllm.num_nodes}", "--ntasks-per-node=1"]
+    per_node = max(cluster.gpus_per_node // vllm.tensor_parallel_size, 1)
+    gpus = f"--gpus-per-task={vllm.tensor_parallel_size}"
+    return [f"--nodes={vllm.num_nodes}", f"--ntasks-per-node={per_node}", gpus]
 
 
 def submit_job(recipe: Recipe, script: str) -> str:

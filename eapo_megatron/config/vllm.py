@@ -16,6 +16,8 @@ class VLLM(Section):
     """colocated: the run starts the servers on its own nodes; separate: they run elsewhere (`eapo-megatron serve`)."""
     num_servers: int = Field(1, ge=1, le=4096)
     """Colocated servers in the run; model replica r starts and uses r, r + replicas and so on, or shares one."""
+    num_nodes: int = Field(0, ge=0, le=100_000)
+    """Nodes for separate servers that `submit` asks SLURM for, beside the trainer's; its job fills in addresses."""
     addresses: list[str] = Field([])
     """host:port of each separate server."""
     tensor_parallel_size: int = Field(1, ge=1, le=64)
@@ -37,8 +39,10 @@ class VLLM(Section):
 
     @model_validator(mode="after")
     def _placement(self) -> VLLM:
-        if self.placement == "separate" and not self.addresses:
-            raise ValueError("placement separate needs addresses, host:port of each server")
+        if self.placement == "separate" and not (self.addresses or self.num_nodes):
+            raise ValueError("placement separate needs addresses, host:port of each server, or num_nodes for `submit`")
+        if self.placement == "colocated" and self.num_nodes:
+            raise ValueError("num_nodes is of placement separate")
         if self.placement == "colocated" and self.addresses:
             raise ValueError("addresses are of placement separate; colocated servers are started by the run")
         for address in self.addresses:

@@ -21,6 +21,20 @@ def check_vllm(recipe: Recipe) -> None:
         check_installed()
 
 
+def check_addresses(recipe: Recipe) -> None:
+    """Whether a run that starts now knows its separate servers: those of `rollout.vllm.num_nodes` are SLURM's to say.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    vllm = recipe.rollout.vllm
+    if recipe.rollout.engine == "vllm" and vllm.placement == "separate" and not vllm.addresses:
+        raise RecipeError(
+            "rollout.vllm.addresses is empty: the job of `eapo-megatron submit` fills it in, elsewhere give host:port "
+            "of each server"
+        )
+
+
 def check_installed() -> None:
     """Whether this environment can start a server.
 
