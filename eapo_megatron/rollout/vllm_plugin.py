@@ -185,7 +185,7 @@ def mend_before(model: nn.Module) -> None:
 
     for module in model.modules() if current_platform.is_cpu() else ():
         method = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
+        if method is not None and getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
 

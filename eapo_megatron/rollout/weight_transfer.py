@@ -236,8 +236,7 @@ class _SharedBuffers(_TwoBuffers):
         os.ftruncate(descriptor, num_bytes)
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
         self._files[path] = descriptor
-        storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=num_bytes)
-        return torch.empty(0, dtype=torch.uint8).set_(storage), path
+        return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8), path
 
     def close(self) -> None:
         self._buffers.clear()
