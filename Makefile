@@ -2,12 +2,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train test test-random test-isas test-kills test-vllm test-nemo test-slurm lint benchmark
+.PHONY: setup train train-vllm test test-random test-isas test-kills test-vllm test-nemo test-slurm lint benchmark benchmark-vllm
 
 setup: .venv/.installed
 
 train: setup
 	$(BIN)/eapo-megatron train recipes/eapo-qwen2-tiny-arithmetic-1n2g-tp2.yaml
+
+train-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/eapo-megatron train recipes/eapo-qwen2-tiny-arithmetic-vllm-1n2g-tp2.yaml
 
 test: setup lint
 	$(BIN)/pytest
@@ -44,6 +47,10 @@ lint: setup
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.vocab_parallel
+
+benchmark-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m benchmarks.weight_transfer
+	.venv-vllm/bin/python -m benchmarks.rollouts
 
 .venv/.installed: setup.py constraints/cpu.txt
 	$(PYTHON) -m venv .venv

@@ -184,8 +184,8 @@ def mend_before(model: nn.Module) -> None:
     from vllm.platforms import current_platform
 
     for module in model.modules() if current_platform.is_cpu() else ():
-        method: Any = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
+        method = getattr(module, "quant_method", None)
+        if method is not None and getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,8 +117,8 @@ class SharedMemoryReceiver(Receiver):
     """Buckets lie in memory that the sender has open, on the same machine."""
 
     def buffer(self, update_info: UpdateInfo) -> Tensor:
-        shared = torch.UntypedStorage.from_file(update_info.path, shared=True, nbytes=update_info.num_bytes)
-        return torch.empty(0, dtype=torch.uint8).set_(cast(torch.UntypedStorage, shared)).clone()
+        size = update_info.num_bytes
+        return torch.from_file(update_info.path, shared=True, size=size, dtype=torch.uint8).clone()
 
 
 class DiskReceiver(Receiver):

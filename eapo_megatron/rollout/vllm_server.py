@@ -72,8 +72,8 @@ def server_command(recipe: Recipe, folder: Path, *, host: str, port: int, on_gpu
 
 def server_environment(*, gpus: Iterable[int] | None, threads: int, parent: int) -> dict[str, str]:
     """This process's environment without its place in the run, and what a server needs."""
-    of_the_run = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in of_the_run}
+    left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_CPU_KVCACHE_SPACE")
+    environment = {key: value for key, value in os.environ.items() if key not in left_out}
     environment |= {
         PARENT: str(parent),
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause, update and resume

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -236,8 +236,7 @@ class _SharedBuffers(_TwoBuffers):
         os.ftruncate(descriptor, num_bytes)
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
         self._files[path] = descriptor
-        storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=num_bytes)
-        return torch.empty(0, dtype=torch.uint8).set_(cast(torch.UntypedStorage, storage)), path
+        return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8), path
 
     def close(self) -> None:
         self._buffers.clear()
