@@ -76,6 +76,7 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
             "algorithm={old_policy: rollout, correction: {veto: 0.1}}",
             "algorithm.correction has nothing to correct with",
         ),
+        ("model.routing_replay=r3", "model.routing_replay: input should be 'none' or 'r2'"),
         ("algorithm.old_policy=sampler", "algorithm.old_policy: input should be 'forward' or 'rollout'"),
         ("algorithm.shaping.alpha=much", "algorithm.shaping.alpha must be a number, got 'much'"),
         ("algorithm.advantage_estimator=gae", "algorithm.advantage_estimator must be one of grpo, dr_grpo"),

@@ -79,6 +79,7 @@ class MicroBatch:
     head_positions: tuple[Tensor, Tensor]  # rows and columns, each int64 [M]
     targets: Tensor  # int64 [M]
     mask: Tensor  # bool [b, T]: scatters the M values to responses
+    lengths: Tensor  # int64 [height]: how much of each row of input_ids is no padding
 
     def to_responses(self, values: Tensor) -> Tensor:
         """Values [M] at their places in [b, T], zero elsewhere; differentiable."""
@@ -186,6 +187,8 @@ def _micro_batch(batch: Batch, rows: Sequence[int], height: int, width: int) -> 
         responses.lengths
     )
     longest = int(responses.lengths.max()) if rows else 0
+    lengths = torch.zeros(height, dtype=torch.int64)
+    lengths[: len(rows)] = prompt_lengths + responses.lengths - 1
     return MicroBatch(
         rows_in_batch=index.to(device),
         input_ids=ids.to(device),
@@ -193,4 +196,5 @@ def _micro_batch(batch: Batch, rows: Sequence[int], height: int, width: int) -> 
         head_positions=(head_rows.to(device), columns.to(device)),
         targets=responses.tokens.long().to(device),
         mask=batch.mask[index.to(device), :longest],
+        lengths=lengths.to(device),
     )
