@@ -76,6 +76,8 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
             "algorithm={old_policy: rollout, correction: {veto: 0.1}}",
             "algorithm.correction has nothing to correct with",
         ),
+        ("rollout.nucleus_replay=true", "rollout: nucleus_replay needs top_p < 1 or top_k > 0: every token is kept"),
+        ("rollout={nucleus_replay: true, top_p: 0.9}", "rollout.nucleus_replay needs model.head.backend logits"),
         ("model.routing_replay=r3", "model.routing_replay: input should be 'none' or 'r2'"),
         ("algorithm.old_policy=sampler", "algorithm.old_policy: input should be 'forward' or 'rollout'"),
         ("algorithm.shaping.alpha=much", "algorithm.shaping.alpha must be a number, got 'much'"),

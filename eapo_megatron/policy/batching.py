@@ -25,7 +25,7 @@ class Batch:
     mask: Tensor  # bool [N, T]: response tokens, the end-of-sequence token among them
     group_ids: Tensor  # int64 [N]
     rewards: Tensor  # float32 [N]
-    rollout_log_probs: Tensor  # float32 [N, T]: the sampler's
+    rollout_log_probs: Tensor  # float32 [N, T]: the sampler's, over the kept tokens where responses hold their ids
     finished: Tensor  # bool [N]
     kept_mass: Tensor | None = None  # float32 [N, T], of the sampler's top-k and top-p; None: the engine does not tell
     rollout_entropies: Tensor | None = None  # float32 [N, T], nats: the sampler's; None: it was not asked
@@ -80,6 +80,7 @@ class MicroBatch:
     targets: Tensor  # int64 [M]
     mask: Tensor  # bool [b, T]: scatters the M values to responses
     lengths: Tensor  # int64 [height]: how much of each row of input_ids is no padding
+    kept: tuple[Tensor, Tensor] | None = None  # which of the M positions (int64 [K]) kept which token (int64 [K])
 
     def to_responses(self, values: Tensor) -> Tensor:
         """Values [M] at their places in [b, T], zero elsewhere; differentiable."""
@@ -100,7 +101,10 @@ def make_batch(
         return None if values is None else torch.zeros(mask.shape).masked_scatter(mask, values).to(device)
 
     log_probs = at_rows(responses.log_probs)
+    kept_mass = at_rows(responses.kept_mass)
     assert log_probs is not None
+    if responses.kept_ids is not None and kept_mass is not None:
+        log_probs = torch.where(mask.to(device), log_probs - kept_mass.log(), 0.0)
     return Batch(
         prompts=[list(prompts[group]) for group in group_ids.tolist()],
         responses=responses,
@@ -109,7 +113,7 @@ def make_batch(
         rewards=rewards.to(device, torch.float32),
         rollout_log_probs=log_probs,
         finished=responses.finished.to(device),
-        kept_mass=at_rows(responses.kept_mass),
+        kept_mass=kept_mass,
         rollout_entropies=at_rows(responses.entropies),
     )
 
@@ -197,4 +201,13 @@ def _micro_batch(batch: Batch, rows: Sequence[int], height: int, width: int) -> 
         targets=responses.tokens.long().to(device),
         mask=batch.mask[index.to(device), :longest],
         lengths=lengths.to(device),
+        kept=_kept(responses, device),
     )
+
+
+def _kept(responses: Responses, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """The tokens that each of the M places kept, as pairs of place and token."""
+    if responses.kept_counts is None or responses.kept_ids is None:
+        return None
+    places = torch.arange(len(responses.kept_counts)).repeat_interleave(responses.kept_counts)
+    return places.to(device), responses.kept_ids.long().to(device)

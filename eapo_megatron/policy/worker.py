@@ -145,7 +145,7 @@ class PolicyWorker:
             place = chunks.index(chunk)
             if self.routes is not None:
                 self.routes.before(place, number, micro)
-            targets = HeadTargets(micro.targets, self.temperature, entropy_grad)
+            targets = HeadTargets(micro.targets, self.temperature, entropy_grad, micro.kept)
             output = chunk(micro.input_ids, micro.position_ids, head_positions=micro.head_positions, targets=targets)
             if self.routes is not None:
                 self.routes.after(place, number)

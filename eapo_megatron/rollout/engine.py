@@ -32,7 +32,7 @@ class SamplingParams:
     """How responses are drawn. `top_k` 0 is off; `stop_token_ids` end a response and belong to it.
 
     Whatever `top_p` and `top_k` leave out, log-probs are those of the full softmax at `temperature`. `entropies` asks
-    for its entropies too, of an engine that gives them.
+    for its entropies too, `kept_ids` for the tokens that could be drawn, of an engine that gives them.
     """
 
     temperature: float = 1.0
@@ -41,6 +41,7 @@ class SamplingParams:
     max_response_tokens: int = 1024
     stop_token_ids: tuple[int, ...] = ()
     entropies: bool = False
+    kept_ids: bool = False
 
 
 class RolloutEngine(Protocol):
@@ -77,10 +78,12 @@ def check_gives(recipe: Recipe) -> None:
     Raises:
         RecipeError: naming the key, the engine and what it does not give.
     """
-    asked = {"algorithm.old_policy rollout": "entropies"} if recipe.algorithm.old_policy == "rollout" else {}
     engine = recipe.rollout.engine
-    for key, what in asked.items():
-        if what not in getattr(importlib.import_module(ENGINES[engine]), "GIVES", ()):
+    for key, what, asked in (
+        ("algorithm.old_policy rollout", "entropies", recipe.algorithm.old_policy == "rollout"),
+        ("rollout.nucleus_replay", "kept_ids", recipe.rollout.nucleus_replay),
+    ):
+        if asked and what not in getattr(importlib.import_module(ENGINES[engine]), "GIVES", ()):
             raise RecipeError(f"{key} needs {what} of the rollouts, which rollout.engine {engine} does not give")
 
 

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from eapo_megatron.config import Rollout
 from eapo_megatron.policy.policy_model import Policy
-from eapo_megatron.policy.responses import Responses
+from eapo_megatron.policy.responses import Responses, ragged_places
 from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.sampling import response_uniforms, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GIVES = ("entropies",)
+GIVES = ("entropies", "kept_ids")
 
 
 def open_engine(policy: Policy, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> MegatronEngine:
@@ -54,10 +54,7 @@ class MegatronEngine:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Responses:
         """For each prompt one response a seed, on every rank of the model replica."""
-        nothing = torch.zeros(0)
-        responses = [
-            replace(Responses.of_lists([]), kept_mass=nothing, entropies=nothing if sampling.entropies else None)
-        ]
+        responses = [_no_responses(sampling)]
         batches = list(self._batches(seeds))
         idle = self._largest_of_replicas(len(batches)) - len(batches)
         with self.policy.inference():
@@ -111,8 +108,12 @@ class MegatronEngine:
         active = torch.arange(count, device=device)  # the response in each row of the batch
         running = torch.full((count,), not idle, device=device)  # rows of the batch not yet done
 
+        kept_sets = KeptSets(length)
+
         for step in range(length):
-            drawn, told_of_drawn = self._draw(logits, uniforms[active, step], sampling)
+            drawn, told_of_drawn, kept = self._draw(logits, uniforms[active, step], sampling)
+            if kept is not None:
+                kept_sets.add(step, active[running], kept[running])
             tokens[active[running], step] = drawn[running]
             told[:, active[running], step] = told_of_drawn[:, running]
             stopped = running & torch.isin(drawn, stops)
@@ -134,6 +135,7 @@ class MegatronEngine:
         last = tokens.gather(1, (lengths - 1).unsqueeze(-1)).squeeze(-1)
         written = torch.arange(length, device=device) < lengths.unsqueeze(-1)
         log_probs, kept_mass, *entropies = told[:, written].cpu()
+        kept_counts, kept_ids = self._kept(kept_sets, len(log_probs)) if sampling.kept_ids else (None, None)
         return Responses(
             lengths=lengths.cpu(),
             tokens=tokens[written].int().cpu(),
@@ -142,6 +144,8 @@ class MegatronEngine:
             versions=torch.full((count,), self.version),
             kept_mass=kept_mass,
             entropies=entropies[0] if entropies else None,
+            kept_counts=kept_counts,
+            kept_ids=kept_ids,
         )
 
     def _largest_of_replicas(self, value: int) -> int:
@@ -175,22 +179,69 @@ class MegatronEngine:
             return output[-1]
         return gather_from_tensor_model_parallel_region(output)[:, : policy.vocab_size]
 
-    def _draw(self, logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-        """Tokens [B] on every rank, and float32 [2 or 3, B] that the last stage tells of them."""
+    def _draw(self, logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens [B] on every rank; of the last stage float32 [2 or 3, B] that it tells of them, and what it kept."""
+        kept = None
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             drawn = sample(logits, uniforms, sampling)
-            tokens, known = drawn.tokens, [drawn.log_probs, drawn.kept_mass]
+            tokens, kept, known = drawn.tokens, drawn.kept, [drawn.log_probs, drawn.kept_mass]
             told = torch.stack(known if drawn.entropies is None else [*known, drawn.entropies])
         else:
             tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
             told = torch.zeros(2 + sampling.entropies, *uniforms.shape, device=uniforms.device)
-        return self._from_last_stage(tokens), told
+        return self._from_last_stage(tokens), told, kept
+
+    def _kept(self, sets: KeptSets, count: int) -> tuple[Tensor, Tensor]:
+        """How many tokens were kept at each of `count` places, and which: int32, the last stage's on every rank."""
+        device = self.policy.runtime.device
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        counts, ids = (
+            sets.in_order() if last and count else (torch.zeros(count, dtype=torch.int32, device=device), None)
+        )
+        counts = self._from_last_stage(counts)
+        if ids is None:
+            ids = torch.zeros(int(counts.sum()), dtype=torch.int32, device=device)
+        return counts.cpu(), self._from_last_stage(ids).cpu()
 
     def _from_last_stage(self, tensor: Tensor) -> Tensor:
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             dist.broadcast(tensor, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
         return tensor
+
+
+class KeptSets:
+    """The tokens that could be drawn, gathered step by step and put in the order of the responses' tokens."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._places: list[Tensor] = []
+        self._counts: list[Tensor] = []
+        self._ids: list[Tensor] = []
+
+    def add(self, step: int, responses: Tensor, kept: Tensor) -> None:
+        """The sets, bool [n, V], of these responses' (int64 [n]) token number `step`."""
+        self._places.append(responses * self._length + step)
+        self._counts.append(kept.sum(dim=-1))
+        self._ids.append(kept.nonzero()[:, 1])
+
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """How many tokens each set has, and their ids, int32."""
+        order = torch.cat(self._places).argsort()
+        counts = torch.cat(self._counts)
+        return counts[order].int(), torch.cat(self._ids)[ragged_places(counts, order)].int()
+
+
+def _no_responses(sampling: SamplingParams) -> Responses:
+    """With the fields that this sampling gives."""
+    nothing = torch.zeros(0)
+    return replace(
+        Responses.of_lists([]),
+        kept_mass=nothing,
+        entropies=nothing if sampling.entropies else None,
+        kept_counts=nothing.int() if sampling.kept_ids else None,
+        kept_ids=nothing.int() if sampling.kept_ids else None,
+    )
 
 
 def _prefill_mask(padding: Tensor, width: int) -> Tensor:

@@ -132,7 +132,9 @@ class Sampler:
         if self._pool is not None:
             self._pool.__exit__(kind, error, traceback)
 
-    def sampling(self, *, temperature: float, top_p: float, top_k: int = 0, entropies: bool = False) -> SamplingParams:
+    def sampling(
+        self, *, temperature: float, top_p: float, top_k: int = 0, entropies: bool = False, kept_ids: bool = False
+    ) -> SamplingParams:
         """The run's lengths and stop tokens at these settings."""
         return SamplingParams(
             temperature=temperature,
@@ -141,6 +143,7 @@ class Sampler:
             max_response_tokens=self._max_response_tokens,
             stop_token_ids=self._stop_token_ids,
             entropies=entropies,
+            kept_ids=kept_ids,
         )
 
     def sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: SamplingParams) -> Rollouts:
@@ -208,6 +211,7 @@ def collect(sampler: Sampler, prompts: PromptSet, recipe: Recipe, position: int)
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         entropies=recipe.algorithm.old_policy == "rollout",
+        kept_ids=rollout.nucleus_replay,
     )
     drawn: list[Rollouts] = []
     kept: list[Rollouts] = []
