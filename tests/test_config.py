@@ -78,7 +78,7 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
         ),
         ("rollout.nucleus_replay=true", "rollout: nucleus_replay needs top_p < 1 or top_k > 0: every token is kept"),
         ("rollout={nucleus_replay: true, top_p: 0.9}", "rollout.nucleus_replay needs model.head.backend logits"),
-        ("model.routing_replay=r3", "model.routing_replay: input should be 'none' or 'r2'"),
+        ("model.routing_replay=r4", "model.routing_replay: input should be 'none', 'r2' or 'r3'"),
         ("algorithm.old_policy=sampler", "algorithm.old_policy: input should be 'forward' or 'rollout'"),
         ("algorithm.shaping.alpha=much", "algorithm.shaping.alpha must be a number, got 'much'"),
         ("algorithm.advantage_estimator=gae", "algorithm.advantage_estimator must be one of grpo, dr_grpo"),

@@ -81,6 +81,7 @@ class MicroBatch:
     mask: Tensor  # bool [b, T]: scatters the M values to responses
     lengths: Tensor  # int64 [height]: how much of each row of input_ids is no padding
     kept: tuple[Tensor, Tensor] | None = None  # which of the M positions (int64 [K]) kept which token (int64 [K])
+    routes: Tensor | None = None  # int16 [height, s, L, k]: the sampler's experts; padding has the first k
 
     def to_responses(self, values: Tensor) -> Tensor:
         """Values [M] at their places in [b, T], zero elsewhere; differentiable."""
@@ -202,6 +203,7 @@ def _micro_batch(batch: Batch, rows: Sequence[int], height: int, width: int) -> 
         mask=batch.mask[index.to(device), :longest],
         lengths=lengths.to(device),
         kept=_kept(responses, device),
+        routes=_routes(responses, lengths, width, device),
     )
 
 
@@ -211,3 +213,13 @@ def _kept(responses: Responses, device: torch.device) -> tuple[Tensor, Tensor] |
         return None
     places = torch.arange(len(responses.kept_counts)).repeat_interleave(responses.kept_counts)
     return places.to(device), responses.kept_ids.long().to(device)
+
+
+def _routes(responses: Responses, lengths: Tensor, width: int, device: torch.device) -> Tensor | None:
+    """The routes of a micro-batch's tokens, at their places in [height, width]."""
+    if responses.routes is None:
+        return None
+    layers, topk = responses.routes.shape[1:]
+    routes = torch.arange(topk, dtype=torch.int16).repeat(len(lengths), width, layers, 1)
+    routes[torch.arange(width) < lengths[:, None]] = responses.routes
+    return routes.to(device)

@@ -233,7 +233,7 @@ def transformer_config(
         variable_seq_lengths=parallel.virtual_pipeline_model_parallel_size is None,
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models too
         moe_grouped_gemm=transformer_engine,
-        moe_enable_routing_replay=model.routing_replay == "r2",
+        moe_enable_routing_replay=model.routing_replay != "none",
         use_cpu_initialization=True,
         perform_initialization=False,  # weights are loaded, or drawn by name
         gradient_accumulation_fusion=False,

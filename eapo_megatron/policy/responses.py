@@ -8,7 +8,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-OF_RESPONSES = ("lengths", "finished", "versions")  # the fields with one number a response; the others have one a token
+OF_RESPONSES = (
+    "lengths",
+    "finished",
+    "versions",
+    "read_counts",
+)  # the fields with one number a response; the others have one a token
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class Responses:
     entropies: Tensor | None = None  # float32 [M], nats, of the full softmax at the sampling temperature
     kept_counts: Tensor | None = None  # int32 [M], how many tokens top-k and top-p kept at each place
     kept_ids: Tensor | None = None  # int32 [sum of kept_counts], their ids, place after place, ascending in each
+    # Of a mixture of experts, of the tokens that the model reads: the prompt's and all but the last of the response's.
+    read_counts: Tensor | None = None  # int64 [N], how many they are
+    routes: Tensor | None = None  # int16 [sum of read_counts, L, k], their experts in the L such layers of this stage
 
     @classmethod
     def of_lists(
@@ -82,6 +90,9 @@ class Responses:
             if name == "kept_ids":
                 assert self.kept_counts is not None
                 return values[ragged_places(self.kept_counts, places)]
+            if name == "routes":
+                assert self.read_counts is not None
+                return values[ragged_places(self.read_counts, rows)]
             return values[rows if name in OF_RESPONSES else places]
 
         return self._mapped(chosen)

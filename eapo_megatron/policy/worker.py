@@ -49,8 +49,8 @@ class PolicyWorker:
     def log_probs_and_entropies(self, batch: Batch, steps: Sequence[Sequence[int]] = ()) -> tuple[Tensor, Tensor]:
         """Log-probs of every response token and entropies (nats) of their distributions, from one forward.
 
-        Both float32 [N, T], 0 outside the mask, on every rank. Under routing replay the routes of the rows of `steps`,
-        the optimizer steps to come, are recorded.
+        Both float32 [N, T], 0 outside the mask, on every rank. Under routing replay it replays the sampler's routes
+        where the responses hold them, and else records those of the rows of `steps`, the optimizer steps to come.
         """
         results = torch.zeros(2, *batch.mask.shape, device=self.policy.runtime.device)
 
@@ -61,8 +61,12 @@ class PolicyWorker:
             return _nothing(outputs), _nothing(outputs).int(), {}
 
         with torch.no_grad():
+            everything = range(batch.size)
             if self.routes is None:
-                self._run(self._micro_batches(batch, range(batch.size)), collect, forward_only=True)
+                self._run(self._micro_batches(batch, everything), collect, forward_only=True)
+            elif batch.responses.routes is not None:
+                with self.routes.replaying(everything, of_rollout=True):
+                    self._run(self._micro_batches(batch, everything), collect, forward_only=True)
             else:
                 self.routes.forget()
                 in_steps = {row for rows in steps for row in rows}
@@ -103,7 +107,8 @@ class PolicyWorker:
 
         self.policy.zero_grad()
         micros, entropy_grad = self._micro_batches(batch, rows), algorithm.needs.entropy_grad
-        with self.routes.replaying(rows) if self.routes else nullcontext({}) as routed:
+        of_rollout = batch.responses.routes is not None
+        with self.routes.replaying(rows, of_rollout=of_rollout) if self.routes else nullcontext({}) as routed:
             outputs = self._run(micros, loss, forward_only=False, entropy_grad=entropy_grad)
         local: Counter[str] = Counter({f"routing/{name}": float(count) for name, count in routed.items()})
         if self.policy.runtime.reports_last_stage:

@@ -22,14 +22,15 @@ from torch import Tensor
 
 from eapo_megatron.config import Rollout
 from eapo_megatron.policy.policy_model import Policy
-from eapo_megatron.policy.responses import Responses, ragged_places
+from eapo_megatron.policy.responses import Responses
 from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.sampling import response_uniforms, sample
+from eapo_megatron.rollout.traces import KeptSets, Routes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GIVES = ("entropies", "kept_ids")
+GIVES = ("entropies", "kept_ids", "routes")
 
 
 def open_engine(policy: Policy, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> MegatronEngine:
@@ -54,7 +55,7 @@ class MegatronEngine:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Responses:
         """For each prompt one response a seed, on every rank of the model replica."""
-        responses = [_no_responses(sampling)]
+        responses = [self._no_responses(sampling)]
         batches = list(self._batches(seeds))
         idle = self._largest_of_replicas(len(batches)) - len(batches)
         with self.policy.inference():
@@ -63,6 +64,24 @@ class MegatronEngine:
             for _ in range(idle):
                 self._generate_batch([[self.pad_token_id]], [[0]], sampling, idle=True)
         return Responses.concatenated(responses)
+
+    def _no_responses(self, sampling: SamplingParams) -> Responses:
+        """With the fields that this sampling gives."""
+        nothing = torch.zeros(0)
+        routes = self._routes() if sampling.routes else None
+        return replace(
+            Responses.of_lists([]),
+            kept_mass=nothing,
+            entropies=nothing if sampling.entropies else None,
+            kept_counts=nothing.int() if sampling.kept_ids else None,
+            kept_ids=nothing.int() if sampling.kept_ids else None,
+            read_counts=nothing.long() if routes else None,
+            routes=routes.none() if routes else None,
+        )
+
+    def _routes(self) -> Routes:
+        policy = self.policy
+        return Routes(policy.chunks, topk=policy.config.moe_router_topk, device=policy.runtime.device)
 
     def _batches(self, seeds: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
         """Runs of prompts whose responses fit the batch size (a single prompt always goes)."""
@@ -91,12 +110,18 @@ class MegatronEngine:
             [[self.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
         )
         context = StaticInferenceContext(max_batch_size=len(prompts), max_sequence_length=width + length)
+        routes = self._routes() if sampling.routes else None
+        if routes is not None:
+            routes.record()
         logits = self._forward(ids, _prefill_mask(padding, width), context)
 
         copies = torch.tensor([len(generations) for generations in seeds], device=device)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
         _select_rows(context, rows)
+        if routes is not None:
+            routes.begin(routes.of_forward(*ids.shape), rows, length)
         logits, padding = logits[rows], padding[rows]
+        padding_of_all = padding
         flat_seeds = [seed for generations in seeds for seed in generations]
         uniforms = response_uniforms(flat_seeds, length).to(device)
         count = len(flat_seeds)
@@ -123,19 +148,26 @@ class MegatronEngine:
             if step + 1 == length or self._largest_of_replicas(alive) == 0:
                 break
             if max(alive, 1) <= running.numel() // 2:
-                kept = running.nonzero().squeeze(-1) if alive else active.new_zeros(1)
-                _select_rows(context, kept)
-                active, padding, drawn, running = active[kept], padding[kept], drawn[kept], running[kept]
+                left = running.nonzero().squeeze(-1) if alive else active.new_zeros(1)
+                _select_rows(context, left)
+                active, padding, drawn, running = active[left], padding[left], drawn[left], running[left]
             context.sequence_len_offset = width + step
             columns = torch.arange(width + step + 1, device=device)
             mask = (columns < padding.unsqueeze(-1))[:, None, None, :]
             logits = self._forward(drawn.unsqueeze(-1), mask, context)
+            if routes is not None:
+                routes.add(step, active)
 
+        if routes is not None:
+            routes.stop()
+        if idle:
+            return self._no_responses(sampling)
         told = self._from_last_stage(told)
         last = tokens.gather(1, (lengths - 1).unsqueeze(-1)).squeeze(-1)
         written = torch.arange(length, device=device) < lengths.unsqueeze(-1)
         log_probs, kept_mass, *entropies = told[:, written].cpu()
         kept_counts, kept_ids = self._kept(kept_sets, len(log_probs)) if sampling.kept_ids else (None, None)
+        read_counts, read = (None, None) if routes is None else routes.read(padding_of_all, lengths)
         return Responses(
             lengths=lengths.cpu(),
             tokens=tokens[written].int().cpu(),
@@ -146,6 +178,8 @@ class MegatronEngine:
             entropies=entropies[0] if entropies else None,
             kept_counts=kept_counts,
             kept_ids=kept_ids,
+            read_counts=None if read_counts is None else read_counts.cpu(),
+            routes=None if read is None else read.cpu(),
         )
 
     def _largest_of_replicas(self, value: int) -> int:
@@ -208,40 +242,6 @@ class MegatronEngine:
             group = parallel_state.get_pipeline_model_parallel_group()
             dist.broadcast(tensor, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
         return tensor
-
-
-class KeptSets:
-    """The tokens that could be drawn, gathered step by step and put in the order of the responses' tokens."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-        self._places: list[Tensor] = []
-        self._counts: list[Tensor] = []
-        self._ids: list[Tensor] = []
-
-    def add(self, step: int, responses: Tensor, kept: Tensor) -> None:
-        """The sets, bool [n, V], of these responses' (int64 [n]) token number `step`."""
-        self._places.append(responses * self._length + step)
-        self._counts.append(kept.sum(dim=-1))
-        self._ids.append(kept.nonzero()[:, 1])
-
-    def in_order(self) -> tuple[Tensor, Tensor]:
-        """How many tokens each set has, and their ids, int32."""
-        order = torch.cat(self._places).argsort()
-        counts = torch.cat(self._counts)
-        return counts[order].int(), torch.cat(self._ids)[ragged_places(counts, order)].int()
-
-
-def _no_responses(sampling: SamplingParams) -> Responses:
-    """With the fields that this sampling gives."""
-    nothing = torch.zeros(0)
-    return replace(
-        Responses.of_lists([]),
-        kept_mass=nothing,
-        entropies=nothing if sampling.entropies else None,
-        kept_counts=nothing.int() if sampling.kept_ids else None,
-        kept_ids=nothing.int() if sampling.kept_ids else None,
-    )
 
 
 def _prefill_mask(padding: Tensor, width: int) -> Tensor:

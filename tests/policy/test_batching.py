@@ -50,6 +50,9 @@ def random_batch(source: random.Random, groups: int, *, shortest: int = 0) -> Ba
     responses = random_responses(source, sum(sizes), shortest=shortest)
     group_ids = torch.arange(groups).repeat_interleave(torch.tensor(sizes))
     rewards = torch.tensor([source.choice((1.0, -1.0)) for _ in group_ids], dtype=torch.float64)
+    read_counts = responses.lengths + torch.tensor([len(prompts[group]) - 1 for group in group_ids.tolist()])
+    routes = torch.tensor([source.randrange(9) for _ in range(6 * int(read_counts.sum()))], dtype=torch.int16)
+    responses = replace(responses, read_counts=read_counts, routes=routes.view(-1, 2, 3))
     return make_batch(prompts, responses, group_ids, rewards, CPU)
 
 
@@ -173,6 +176,10 @@ def test_micro_batches_hold_every_token_once(
             sets[place].append(token)
         assert sets == [ids for row in own for ids in kept_lists(batch.responses)[row]]
         assert micro.lengths.tolist() == [*map(batch.length, own), *[0] * (len(micro.lengths) - len(own))]
+        routes = batch.responses.routes.split(batch.responses.read_counts.tolist())
+        for line, row in enumerate(own):
+            assert torch.equal(micro.routes[line, : len(routes[row])], routes[row])
+            assert (micro.routes[line, len(routes[row]) :] == torch.arange(3)).all()
         values = torch.arange(1.0, len(micro.targets) + 1)
         assert torch.equal(micro.to_responses(values)[micro.mask], values)
 

@@ -16,7 +16,7 @@ from eapo_megatron.config import RecipeError
 from eapo_megatron.recipe_files import parse_recipe
 from hf_reference import Reference, cost_of_float32
 from launch import result_of, run_cases
-from layouts import MINI_BATCHES, MODELS, REPLAYED
+from layouts import MINI_BATCHES, MODELS, REPLAYED, ROLLOUT_PROMPTS, ROLLOUT_SEEDS
 
 SCRIPT = Path(__file__).parents[1] / "ranks" / "routing_replay.py"
 MARGIN = 8  # as of tests/policy/test_gradients.py
@@ -111,6 +111,29 @@ def test_recording_changes_nothing(name: str, replayed: Callable[..., dict[str, 
     assert "routing/changed_share" not in other["metrics"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REPLAYED)
+def test_the_samplers_routes_replay_as_the_old_policys(name: str, replayed: Callable[..., dict[str, Any]]) -> None:
+    """At the same weights both chose the same experts: the gradients at other weights, held to them, are the same.
+
+    Those of the old policy's routes are compared with transformers above.
+    """
+    rollouts = replayed(name)["rollouts"]
+    prompts = [len(prompt) for prompt, seeds in zip(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, strict=True) for _ in seeds]
+    assert rollouts["read_counts"].tolist() == (rollouts["lengths"] + torch.tensor(prompts) - 1).tolist()
+    for one, other in zip(rollouts["old"]["r2"], rollouts["old"]["r3"], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+    r2, r3, none = (rollouts[kind] for kind in ("r2", "r3", "none"))
+    assert r2["share"] == r3["share"]
+    assert r2["share"] > 0.1
+    different = []
+    for key, gradient in r2["gradients"].items():
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(r3["gradients"][key], gradient, rtol=0, atol=1e-4 * largest)
+        different.append(float((none["gradients"][key] - gradient).abs().max()) > 1e-2 * largest)
+    assert any(different), "without replay the gradients are others"
+
+
 def test_replay_without_experts_or_without_the_forward_is_refused(tmp_path: Path) -> None:
     from eapo_megatron.policy.layout_checks import check_routing
 
@@ -123,3 +146,6 @@ def test_replay_without_experts_or_without_the_forward_is_refused(tmp_path: Path
         check_routing(recipe(), MODELS["tied"])
     with pytest.raises(RecipeError, match=r"model\.routing_replay r2 records in the old policy's forward"):
         recipe(algorithm={"old_policy": "rollout"})
+    check_routing(
+        recipe(algorithm={"old_policy": "rollout"}, model={"path": "m", "routing_replay": "r3"}), MODELS["mixtral"]
+    )

@@ -61,7 +61,8 @@ def apart(policy: Policy) -> dict[int, list[Response]]:
     mine = range(len(ROLLOUT_PROMPTS))[rank::size] if rank else range(0)
     engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=2)
     seeds = [ROLLOUT_SEEDS[i] for i in mine]
-    groups = grouped(engine.generate([ROLLOUT_PROMPTS[i] for i in mine], seeds, SAMPLED), seeds)
+    sampling = replace(SAMPLED, entropies=True, kept_ids=True)
+    groups = grouped(engine.generate([ROLLOUT_PROMPTS[i] for i in mine], seeds, sampling), seeds)
     return {
         i: group
         for part in policy.runtime.gather_objects(dict(zip(mine, groups, strict=True)))

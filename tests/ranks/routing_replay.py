@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,32 @@ import torch
 
 from eapo_megatron.algorithms import Algorithm, eapo_advantages, group_advantages
 from eapo_megatron.config import Model, Optimizer, Parallel
-from eapo_megatron.policy.batching import TokenData
+from eapo_megatron.policy.batching import Batch, TokenData, make_batch
 from eapo_megatron.policy.optimizer import build_optimizer
-from eapo_megatron.policy.policy_model import build_policy
+from eapo_megatron.policy.policy_model import Policy, build_policy
 from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
 from eapo_megatron.policy.worker import PolicyWorker
-from eapo_megatron.weights.huggingface import HuggingFaceWeights
+from eapo_megatron.rollout.engine import SamplingParams
+from eapo_megatron.rollout.megatron_engine import MegatronEngine
+from eapo_megatron.weights.huggingface import HuggingFaceWeights, RandomWeights
 from eapo_megatron.weights.load import load_weights
 from every_layout import complete_gradients
 from exported import full_tensors
 from launch import cases, free_port
-from layouts import DECAY_STEPS, MINI_BATCHES, OPTIMIZERS, REPLAYED, TEMPERATURE, old_policy_offsets, training_batch
+from layouts import (
+    DECAY_STEPS,
+    MINI_BATCHES,
+    MODELS,
+    OPTIMIZERS,
+    REPLAYED,
+    RESPONSE_TOKENS,
+    ROLLOUT_PROMPTS,
+    ROLLOUT_SEEDS,
+    STOP_TOKENS,
+    TEMPERATURE,
+    old_policy_offsets,
+    training_batch,
+)
 
 
 def measure(name: str, models: Path, replay: str) -> tuple[Runtime, dict[str, Any]]:
@@ -60,7 +76,47 @@ def measure(name: str, models: Path, replay: str) -> tuple[Runtime, dict[str, An
             if (router := getattr(part, "router_replay", None)) is not None
         ]
         steps.append({"weights": before, "gradients": gradients, "metrics": update.metrics, "left": left})
-    return runtime, {"log_probs": log_probs, "entropies": entropies, "steps": steps}
+    results = {"log_probs": log_probs, "entropies": entropies, "steps": steps}
+    if replay == "r2":
+        load_weights(policy.modules, policy.hf_config, source)
+        results["rollouts"] = of_rollouts(policy, worker, RandomWeights(MODELS[layout.model], seed=5))
+    return runtime, results
+
+
+def of_rollouts(policy: Policy, worker: PolicyWorker, later: RandomWeights) -> dict[str, Any]:
+    """Gradients at other weights with the sampler's routes, with the old policy's, and with neither's."""
+    engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=5)
+    sampling = SamplingParams(
+        temperature=TEMPERATURE, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=STOP_TOKENS, routes=True
+    )
+    drawn = engine.generate(ROLLOUT_PROMPTS, ROLLOUT_SEEDS, sampling)
+    groups = torch.tensor([index for index, seeds in enumerate(ROLLOUT_SEEDS) for _ in seeds])
+    rewards = torch.arange(len(drawn)) % 2 * 2.0 - 1
+    device = policy.runtime.device
+    batches = {
+        "r3": make_batch(ROLLOUT_PROMPTS, drawn, groups, rewards, device),
+        "r2": make_batch(ROLLOUT_PROMPTS, replace(drawn, read_counts=None, routes=None), groups, rewards, device),
+    }
+    everything = list(range(len(drawn)))
+    results: dict[str, Any] = {"lengths": drawn.lengths, "read_counts": drawn.read_counts}
+    # The routes that r2 records here are replayed below: the other batch drops none of them.
+    results["old"] = {kind: worker.log_probs_and_entropies(batches[kind], [everything]) for kind in ("r2", "r3")}
+    load_weights(policy.modules, policy.hf_config, later)
+    batch = batches["r2"]
+    advantages = torch.where(batch.mask, batch.rewards[:, None], 0.0)
+    tokens = TokenData(
+        weights=Algorithm().weights(batch.mask, batch.group_ids),
+        advantages=advantages,
+        old_log_probs=results["old"]["r2"][0],
+    )
+
+    def measured(batch: Batch) -> dict[str, Any]:
+        metrics = worker.accumulate(batch, everything, Algorithm(), tokens)
+        return {"gradients": complete_gradients(policy), "share": metrics.get("routing/changed_share")}
+
+    results |= {kind: measured(batch) for kind, batch in batches.items()}
+    worker.routes.forget()
+    return results | {"none": measured(batch)}
 
 
 def main(models: Path, out: Path, names: list[str]) -> None:
