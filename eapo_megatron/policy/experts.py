@@ -21,7 +21,7 @@ class Router(TopKRouter):
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        if self.router_replay is not None:
+        if config.moe_enable_routing_replay:
             self.router_replay = RouteReplay(recomputed=config.recompute_granularity == "full")
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:

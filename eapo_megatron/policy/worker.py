@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -65,7 +65,7 @@ class PolicyWorker:
             if self.routes is None:
                 self._run(self._micro_batches(batch, everything), collect, forward_only=True)
             elif batch.responses.routes is not None:
-                with self.routes.replaying(everything, of_rollout=True):
+                with self._replaying(batch, everything):
                     self._run(self._micro_batches(batch, everything), collect, forward_only=True)
             else:
                 self.routes.forget()
@@ -107,8 +107,7 @@ class PolicyWorker:
 
         self.policy.zero_grad()
         micros, entropy_grad = self._micro_batches(batch, rows), algorithm.needs.entropy_grad
-        of_rollout = batch.responses.routes is not None
-        with self.routes.replaying(rows, of_rollout=of_rollout) if self.routes else nullcontext({}) as routed:
+        with self._replaying(batch, rows) as routed:
             outputs = self._run(micros, loss, forward_only=False, entropy_grad=entropy_grad)
         local: Counter[str] = Counter({f"routing/{name}": float(count) for name, count in routed.items()})
         if self.policy.runtime.reports_last_stage:
@@ -117,9 +116,16 @@ class PolicyWorker:
         total: Counter[str] = Counter()
         for part in self.policy.runtime.gather_objects(local):
             total.update(part)
-        if "routing/routed" in total:
-            total["routing/changed_share"] = total.pop("routing/changed") / total.pop("routing/routed")
-        return dict(total)
+        sums: dict[str, float] = dict(total)
+        if "routing/routed" in sums:
+            sums["routing/changed_share"] = sums.pop("routing/changed") / sums.pop("routing/routed")
+        return sums
+
+    def _replaying(self, batch: Batch, rows: Sequence[int]) -> AbstractContextManager[dict[str, int]]:
+        """In this context routers replay; it gives the counts of `RoutingReplay.replaying`."""
+        if self.routes is None:
+            return nullcontext({})
+        return self.routes.replaying(rows, of_rollout=batch.responses.routes is not None)
 
     def _micro_batches(self, batch: Batch, rows: Sequence[int]) -> list[MicroBatch]:
         runtime, config = self.policy.runtime, self.policy.config
