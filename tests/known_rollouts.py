@@ -18,6 +18,6 @@ def response_of(prompt: int, seed: int) -> tuple[list[int], list[float]]:
     return [source.choice(DIGITS) for _ in range(length)], [-source.randrange(1, 100) / 128 for _ in range(length)]
 
 
-def reward(response: str, answer: str) -> float:
-    """The first digit of the response, over the answer; none for an empty one."""
-    return int(response[0]) / int(answer)
+def reward(response: str, answer: str, *, prompt: str, length: int, finished: bool, record: dict[str, int]) -> float:
+    """The first digit of the response over the answer, and what else a reward can see; none for an empty response."""
+    return int(response[0]) / int(answer) + 10 * length + 100 * finished + 1000 * record["level"] + 10_000 * len(prompt)

@@ -242,6 +242,17 @@ LAYOUTS |= {
         "TP2 SP EP2, Adam, distributed optimizer": Layout(4, TP2 | SP | EP2 | SHARDED, optimizer="adam"),
     }.items()
 }
+# With routing replay: tests/policy/test_routing_replay.py.
+REPLAYED: dict[str, Layout] = {
+    "single": Layout(1, model="qwen3_moe"),
+    "single, full recompute": Layout(1, model="qwen3_moe", recompute="full"),
+    "single, selective recompute": Layout(1, model="qwen3_moe, bare", recompute="selective"),
+    "EP2, full recompute": Layout(2, EP2, model="qwen3_moe, bare", micro_batch_size=1, recompute="full"),
+    "TP2 SP": Layout(2, TP2 | SP, model="qwen3_moe", micro_batch_size=2),
+    "PP2, full recompute": Layout(2, PP2, model="qwen3_moe", micro_batch_size=1, recompute="full"),
+    "PP2 VPP2, full recompute": Layout(2, PP2 | VPP2, model="qwen3_moe", micro_batch_size=1, recompute="full"),
+    "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, model="qwen3_moe, bare", micro_batch_size=1),
+}
 FLOAT32 = [name for name, layout in LAYOUTS.items() if layout.dtype == "float32"]
 
 # The optimizer steps: a group; one response alone (with DP2 a rank has none); an odd number over two groups.

@@ -85,6 +85,8 @@ class Rollout(Section):
     """Samples from the most probable tokens of this total probability; 1: from all."""
     top_k: int = Field(0, ge=0)
     """Samples from this many most probable tokens; 0: from all."""
+    nucleus_replay: bool = False
+    """Whether log-probs are over the tokens that top_p and top_k kept, in training too; needs head.backend logits."""
     stop_token_ids: list[int] = Field([])
     """Token ids that end a response, beside the tokenizer's and generation_config.json's ends of sequence."""
     max_staleness: int = Field(0, ge=0, le=1000)
@@ -101,6 +103,12 @@ class Rollout(Section):
     def _of_vllm(self) -> Rollout:
         if self.engine == "vllm" and self.temperature < 0.01:
             raise ValueError(f"temperature {self.temperature}: vLLM samples at 0.01 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_tokens(self) -> Rollout:
+        if self.nucleus_replay and self.top_p == 1 and self.top_k == 0:
+            raise ValueError("nucleus_replay needs top_p < 1 or top_k > 0: every token is kept")
         return self
 
 

@@ -46,6 +46,12 @@ class Recipe(Section):
             raise ValueError(
                 "algorithm.correction has nothing to correct with algorithm.old_policy rollout: its ratios are all 1"
             )
+        if self.rollout.nucleus_replay and self.model.head.backend != "logits":
+            raise ValueError("rollout.nucleus_replay needs model.head.backend logits: kept sets are masks over logits")
+        if self.model.routing_replay == "r2" and self.algorithm.old_policy == "rollout":
+            raise ValueError(
+                "model.routing_replay r2 records in the old policy's forward: algorithm.old_policy must be forward"
+            )
         algorithm.check_group_size(self.rollout.num_generations_per_prompt, key="rollout.num_generations_per_prompt")
         if self.reward.overlong.buffer_tokens > self.rollout.max_response_tokens:
             raise ValueError(

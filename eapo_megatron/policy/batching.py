@@ -25,7 +25,7 @@ class Batch:
     mask: Tensor  # bool [N, T]: response tokens, the end-of-sequence token among them
     group_ids: Tensor  # int64 [N]
     rewards: Tensor  # float32 [N]
-    rollout_log_probs: Tensor  # float32 [N, T]: the sampler's
+    rollout_log_probs: Tensor  # float32 [N, T]: the sampler's, over the kept tokens where responses hold their ids
     finished: Tensor  # bool [N]
     kept_mass: Tensor | None = None  # float32 [N, T], of the sampler's top-k and top-p; None: the engine does not tell
     rollout_entropies: Tensor | None = None  # float32 [N, T], nats: the sampler's; None: it was not asked
@@ -79,6 +79,9 @@ class MicroBatch:
     head_positions: tuple[Tensor, Tensor]  # rows and columns, each int64 [M]
     targets: Tensor  # int64 [M]
     mask: Tensor  # bool [b, T]: scatters the M values to responses
+    lengths: Tensor  # int64 [height]: how much of each row of input_ids is no padding
+    kept: tuple[Tensor, Tensor] | None = None  # which of the M positions (int64 [K]) kept which token (int64 [K])
+    routes: Tensor | None = None  # int16 [height, s, L, k]: the sampler's experts; padding has the first k
 
     def to_responses(self, values: Tensor) -> Tensor:
         """Values [M] at their places in [b, T], zero elsewhere; differentiable."""
@@ -99,7 +102,10 @@ def make_batch(
         return None if values is None else torch.zeros(mask.shape).masked_scatter(mask, values).to(device)
 
     log_probs = at_rows(responses.log_probs)
+    kept_mass = at_rows(responses.kept_mass)
     assert log_probs is not None
+    if responses.kept_ids is not None and kept_mass is not None:
+        log_probs = torch.where(mask.to(device), log_probs - kept_mass.log(), 0.0)
     return Batch(
         prompts=[list(prompts[group]) for group in group_ids.tolist()],
         responses=responses,
@@ -108,7 +114,7 @@ def make_batch(
         rewards=rewards.to(device, torch.float32),
         rollout_log_probs=log_probs,
         finished=responses.finished.to(device),
-        kept_mass=at_rows(responses.kept_mass),
+        kept_mass=kept_mass,
         rollout_entropies=at_rows(responses.entropies),
     )
 
@@ -186,6 +192,8 @@ def _micro_batch(batch: Batch, rows: Sequence[int], height: int, width: int) -> 
         responses.lengths
     )
     longest = int(responses.lengths.max()) if rows else 0
+    lengths = torch.zeros(height, dtype=torch.int64)
+    lengths[: len(rows)] = prompt_lengths + responses.lengths - 1
     return MicroBatch(
         rows_in_batch=index.to(device),
         input_ids=ids.to(device),
@@ -193,4 +201,25 @@ def _micro_batch(batch: Batch, rows: Sequence[int], height: int, width: int) -> 
         head_positions=(head_rows.to(device), columns.to(device)),
         targets=responses.tokens.long().to(device),
         mask=batch.mask[index.to(device), :longest],
+        lengths=lengths.to(device),
+        kept=_kept(responses, device),
+        routes=_routes(responses, lengths, width, device),
     )
+
+
+def _kept(responses: Responses, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """The tokens that each of the M places kept, as pairs of place and token."""
+    if responses.kept_counts is None or responses.kept_ids is None:
+        return None
+    places = torch.arange(len(responses.kept_counts)).repeat_interleave(responses.kept_counts)
+    return places.to(device), responses.kept_ids.long().to(device)
+
+
+def _routes(responses: Responses, lengths: Tensor, width: int, device: torch.device) -> Tensor | None:
+    """The routes of a micro-batch's tokens, at their places in [height, width]."""
+    if responses.routes is None:
+        return None
+    layers, topk = responses.routes.shape[1:]
+    routes = torch.arange(topk, dtype=torch.int16).repeat(len(lengths), width, layers, 1)
+    routes[torch.arange(width) < lengths[:, None]] = responses.routes
+    return routes.to(device)

@@ -46,6 +46,17 @@ def check_layout(parallel: Parallel, hf_config: Mapping[str, Any], world_size: i
     _check_pipeline(parallel, hf_config["num_hidden_layers"])
 
 
+def check_routing(recipe: Recipe, hf_config: Mapping[str, Any]) -> None:
+    """Whether there are routes to replay.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    experts = family_of(dict(hf_config)).transformer_config(hf_config).get("num_moe_experts")
+    if recipe.model.routing_replay != "none" and experts is None:
+        raise RecipeError(f"model.routing_replay {recipe.model.routing_replay}: the model has no experts")
+
+
 def _check_experts(parallel: Parallel, settings: Mapping[str, Any], world_size: int) -> None:
     """Whether the experts of Megatron's `settings` divide over the layout, and the layout over the ranks."""
     tp, ep, etp = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size, parallel.expert_tensor_size

@@ -28,7 +28,7 @@ from torch import Tensor
 from eapo_megatron.config import Head, Model, Parallel
 from eapo_megatron.policy.block import block_spec
 from eapo_megatron.policy.runtime import Runtime
-from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy
+from eapo_megatron.vocab_parallel import linear_kept_log_probs_and_entropy, linear_log_probs_and_entropy
 from eapo_megatron.weights.families import family_of, padded_vocab_size
 from eapo_megatron.weights.huggingface import WeightSource
 from eapo_megatron.weights.load import load_weights
@@ -45,6 +45,8 @@ class HeadTargets:
     tokens: Tensor  # int64 [M]
     temperature: float
     entropy_grad: bool = False
+    # Log-probs are over these tokens alone: which of the M positions (int64 [K]) has which token (int64 [K]).
+    kept: tuple[Tensor, Tensor] | None = None
 
 
 class PolicyChunk(GPTModel):
@@ -108,6 +110,20 @@ class PolicyChunk(GPTModel):
         if targets is None:
             logits, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)
             return logits.squeeze(1)
+        if targets.kept is not None:
+            return torch.stack(
+                linear_kept_log_probs_and_entropy(
+                    hidden,
+                    weight,
+                    targets.tokens,
+                    targets.kept,
+                    tp_group=self.pg_collection.tp,
+                    vocab_size=self.real_vocab_size,
+                    temperature=targets.temperature,
+                    entropy_grad=targets.entropy_grad,
+                    allreduce_dgrad=not self.config.sequence_parallel,
+                )
+            )
         log_probs, entropies = linear_log_probs_and_entropy(
             hidden,
             weight,
@@ -217,6 +233,7 @@ def transformer_config(
         variable_seq_lengths=parallel.virtual_pipeline_model_parallel_size is None,
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models too
         moe_grouped_gemm=transformer_engine,
+        moe_enable_routing_replay=model.routing_replay != "none",
         use_cpu_initialization=True,
         perform_initialization=False,  # weights are loaded, or drawn by name
         gradient_accumulation_fusion=False,

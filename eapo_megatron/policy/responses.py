@@ -8,7 +8,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-OF_RESPONSES = ("lengths", "finished", "versions")  # the fields with one number a response; the others have one a token
+OF_RESPONSES = (
+    "lengths",
+    "finished",
+    "versions",
+    "read_counts",
+)  # the fields with one number a response; the others have one a token
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,11 @@ class Responses:
     versions: Tensor  # int64 [N], of the weights that the response was sampled from
     kept_mass: Tensor | None = None  # float32 [M], the full softmax's mass of the tokens that top-k and top-p kept
     entropies: Tensor | None = None  # float32 [M], nats, of the full softmax at the sampling temperature
+    kept_counts: Tensor | None = None  # int32 [M], how many tokens top-k and top-p kept at each place
+    kept_ids: Tensor | None = None  # int32 [sum of kept_counts], their ids, place after place, ascending in each
+    # Of a mixture of experts, of the tokens that the model reads: the prompt's and all but the last of the response's.
+    read_counts: Tensor | None = None  # int64 [N], how many they are
+    routes: Tensor | None = None  # int16 [sum of read_counts, L, k], their experts in the L such layers of this stage
 
     @classmethod
     def of_lists(
@@ -87,10 +97,18 @@ class Responses:
         """The responses of these rows (int64 [n], or bool [N]), in their order."""
         if rows.dtype == torch.bool:
             rows = rows.nonzero().squeeze(-1)
-        lengths = self.lengths[rows]
-        shift = self.starts[rows] - (lengths.cumsum(0) - lengths)
-        places = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
-        return self._mapped(lambda name, values: values[rows if name in OF_RESPONSES else places])
+        places = ragged_places(self.lengths, rows)
+
+        def chosen(name: str, values: Tensor) -> Tensor:
+            if name == "kept_ids":
+                assert self.kept_counts is not None
+                return values[ragged_places(self.kept_counts, places)]
+            if name == "routes":
+                assert self.read_counts is not None
+                return values[ragged_places(self.read_counts, rows)]
+            return values[rows if name in OF_RESPONSES else places]
+
+        return self._mapped(chosen)
 
     def token_lists(self) -> list[list[int]]:
         """The tokens of each response."""
@@ -99,3 +117,11 @@ class Responses:
     def log_prob_lists(self) -> list[list[float]]:
         """The log-probs of each response."""
         return [log_probs.tolist() for log_probs in self.log_probs.split(self.lengths.tolist())]
+
+
+def ragged_places(counts: Tensor, rows: Tensor) -> Tensor:
+    """Where the elements of these rows (int64 [n]) are, int64, when row i has counts[i] of them behind those before."""
+    chosen = counts[rows].long()
+    starts = counts.cumsum(0, dtype=torch.int64) - counts
+    shift = starts[rows] - (chosen.cumsum(0) - chosen)
+    return torch.arange(int(chosen.sum()), device=counts.device) + shift.repeat_interleave(chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from eapo_megatron.algorithms import Algorithm, LossInputs
 from eapo_megatron.policy.batching import Batch, MicroBatch, TokenData, data_parallel_share, micro_batches
 from eapo_megatron.policy.optimizer import PolicyOptimizer
 from eapo_megatron.policy.policy_model import HeadTargets, Policy
+from eapo_megatron.policy.routing_replay import RoutingReplay
 
 LOSS_FIELDS = frozenset(field.name for field in fields(LossInputs))
 
@@ -38,11 +40,17 @@ class PolicyWorker:
         self.micro_batch_size = micro_batch_size
         self.temperature = temperature
         policy.config.finalize_model_grads_func = finalize_model_grads
+        self.routes = (
+            RoutingReplay(policy.chunks, sequence_parallel=policy.config.sequence_parallel)
+            if policy.config.moe_enable_routing_replay
+            else None
+        )
 
-    def log_probs_and_entropies(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def log_probs_and_entropies(self, batch: Batch, steps: Sequence[Sequence[int]] = ()) -> tuple[Tensor, Tensor]:
         """Log-probs of every response token and entropies (nats) of their distributions, from one forward.
 
-        Both float32 [N, T], 0 outside the mask, on every rank.
+        Both float32 [N, T], 0 outside the mask, on every rank. Under routing replay it replays the sampler's routes
+        where the responses hold them, and else records those of the rows of `steps`, the optimizer steps to come.
         """
         results = torch.zeros(2, *batch.mask.shape, device=self.policy.runtime.device)
 
@@ -53,7 +61,19 @@ class PolicyWorker:
             return _nothing(outputs), _nothing(outputs).int(), {}
 
         with torch.no_grad():
-            self._run(self._micro_batches(batch, range(batch.size)), collect, forward_only=True)
+            everything = range(batch.size)
+            if self.routes is None:
+                self._run(self._micro_batches(batch, everything), collect, forward_only=True)
+            elif batch.responses.routes is not None:
+                with self._replaying(batch, everything):
+                    self._run(self._micro_batches(batch, everything), collect, forward_only=True)
+            else:
+                self.routes.forget()
+                in_steps = {row for rows in steps for row in rows}
+                others = [row for row in range(batch.size) if row not in in_steps]
+                for rows in filter(None, [*steps, others]):
+                    with self.routes.recording(rows):
+                        self._run(self._micro_batches(batch, rows), collect, forward_only=True)
         self.policy.runtime.all_sum(results)
         return results[0], results[1]
 
@@ -86,17 +106,26 @@ class PolicyWorker:
             return result.loss, _nothing(outputs).int(), result.metrics
 
         self.policy.zero_grad()
-        outputs = self._run(
-            self._micro_batches(batch, rows), loss, forward_only=False, entropy_grad=algorithm.needs.entropy_grad
-        )
-        local: Counter[str] = Counter()
+        micros, entropy_grad = self._micro_batches(batch, rows), algorithm.needs.entropy_grad
+        with self._replaying(batch, rows) as routed:
+            outputs = self._run(micros, loss, forward_only=False, entropy_grad=entropy_grad)
+        local: Counter[str] = Counter({f"routing/{name}": float(count) for name, count in routed.items()})
         if self.policy.runtime.reports_last_stage:
             for metrics in outputs:
                 local.update({name: float(value) for name, value in metrics.items()})
         total: Counter[str] = Counter()
         for part in self.policy.runtime.gather_objects(local):
             total.update(part)
-        return dict(total)
+        sums: dict[str, float] = dict(total)
+        if "routing/routed" in sums:
+            sums["routing/changed_share"] = sums.pop("routing/changed") / sums.pop("routing/routed")
+        return sums
+
+    def _replaying(self, batch: Batch, rows: Sequence[int]) -> AbstractContextManager[dict[str, int]]:
+        """In this context routers replay; it gives the counts of `RoutingReplay.replaying`."""
+        if self.routes is None:
+            return nullcontext({})
+        return self.routes.replaying(rows, of_rollout=batch.responses.routes is not None)
 
     def _micro_batches(self, batch: Batch, rows: Sequence[int]) -> list[MicroBatch]:
         runtime, config = self.policy.runtime, self.policy.config
@@ -118,16 +147,24 @@ class PolicyWorker:
     ) -> list[dict[str, Tensor]]:
         """All micro-batches through Megatron's schedule; `consume(micro, outputs [2, M])` runs on the last stage."""
 
-        def forward_step(micro_iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
-            micro = next(micro_iterator)
-            targets = HeadTargets(micro.targets, self.temperature, entropy_grad)
+        chunks = self.policy.chunks
+
+        def forward_step(
+            micro_iterator: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module
+        ) -> tuple[Tensor, Callable]:
+            number, micro = next(micro_iterator)
+            place = chunks.index(chunk)
+            if self.routes is not None:
+                self.routes.before(place, number, micro)
+            targets = HeadTargets(micro.targets, self.temperature, entropy_grad, micro.kept)
             output = chunk(micro.input_ids, micro.position_ids, head_positions=micro.head_positions, targets=targets)
+            if self.routes is not None:
+                self.routes.after(place, number)
             return output, partial(consume, micro)
 
-        chunks = self.policy.chunks
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(micros) for _ in chunks],
+            data_iterator=[enumerate(micros) for _ in chunks],
             model=chunks,
             num_microbatches=len(micros),
             seq_length=micros[0].input_ids.shape[1],

@@ -31,8 +31,8 @@ ENGINES = {"megatron": "eapo_megatron.rollout.megatron_engine", "vllm": "eapo_me
 class SamplingParams:
     """How responses are drawn. `top_k` 0 is off; `stop_token_ids` end a response and belong to it.
 
-    Whatever `top_p` and `top_k` leave out, log-probs are those of the full softmax at `temperature`. `entropies` asks
-    for its entropies too, of an engine that gives them.
+    Whatever `top_p` and `top_k` leave out, log-probs are those of the full softmax at `temperature`. `entropies`,
+    `kept_ids` and `routes` ask for these fields of `Responses`, of an engine that gives them.
     """
 
     temperature: float = 1.0
@@ -41,6 +41,8 @@ class SamplingParams:
     max_response_tokens: int = 1024
     stop_token_ids: tuple[int, ...] = ()
     entropies: bool = False
+    kept_ids: bool = False
+    routes: bool = False
 
 
 class RolloutEngine(Protocol):
@@ -121,10 +123,13 @@ def check_gives(recipe: Recipe) -> None:
     Raises:
         RecipeError: naming the key, the engine and what it does not give.
     """
-    asked = {"algorithm.old_policy rollout": "entropies"} if recipe.algorithm.old_policy == "rollout" else {}
     engine = recipe.rollout.engine
-    for key, what in asked.items():
-        if what not in getattr(importlib.import_module(ENGINES[engine]), "GIVES", ()):
+    for key, what, asked in (
+        ("algorithm.old_policy rollout", "entropies", recipe.algorithm.old_policy == "rollout"),
+        ("rollout.nucleus_replay", "kept_ids", recipe.rollout.nucleus_replay),
+        ("model.routing_replay r3", "routes", recipe.model.routing_replay == "r3"),
+    ):
+        if asked and what not in getattr(importlib.import_module(ENGINES[engine]), "GIVES", ()):
             raise RecipeError(f"{key} needs {what} of the rollouts, which rollout.engine {engine} does not give")
 
 

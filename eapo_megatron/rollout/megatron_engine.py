@@ -25,11 +25,12 @@ from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.sampling import response_uniforms, sample
+from eapo_megatron.rollout.traces import KeptSets, Routes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GIVES = ("entropies",)
+GIVES = ("entropies", "kept_ids", "routes")
 
 
 def open_engine(policy: Policy, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MegatronEngine:
@@ -57,10 +58,7 @@ class MegatronEngine:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Responses:
         """For each prompt one response a seed, on every rank of the model replica."""
-        nothing = torch.zeros(0)
-        responses = [
-            replace(Responses.of_lists([]), kept_mass=nothing, entropies=nothing if sampling.entropies else None)
-        ]
+        responses = [self._no_responses(sampling)]
         batches = list(self._batches(seeds))
         idle = self._largest_of_replicas(len(batches)) - len(batches)
         with self.policy.inference():
@@ -69,6 +67,24 @@ class MegatronEngine:
             for _ in range(idle):
                 self._generate_batch([[self.pad_token_id]], [[0]], sampling, idle=True)
         return Responses.concatenated(responses)
+
+    def _no_responses(self, sampling: SamplingParams) -> Responses:
+        """With the fields that this sampling gives."""
+        nothing = torch.zeros(0)
+        routes = self._routes() if sampling.routes else None
+        return replace(
+            Responses.of_lists([]),
+            kept_mass=nothing,
+            entropies=nothing if sampling.entropies else None,
+            kept_counts=nothing.int() if sampling.kept_ids else None,
+            kept_ids=nothing.int() if sampling.kept_ids else None,
+            read_counts=nothing.long() if routes else None,
+            routes=routes.none() if routes else None,
+        )
+
+    def _routes(self) -> Routes:
+        policy = self.policy
+        return Routes(policy.chunks, topk=policy.config.moe_router_topk, device=policy.runtime.device)
 
     def _batches(self, seeds: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
         """Runs of prompts whose responses fit the batch size (a single prompt always goes)."""
@@ -97,12 +113,18 @@ class MegatronEngine:
             [[self.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
         )
         context = StaticInferenceContext(max_batch_size=len(prompts), max_sequence_length=width + length)
+        routes = self._routes() if sampling.routes else None
+        if routes is not None:
+            routes.record()
         logits = self._forward(ids, _prefill_mask(padding, width), context)
 
         copies = torch.tensor([len(generations) for generations in seeds], device=device)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
         _select_rows(context, rows)
+        if routes is not None:
+            routes.begin(routes.of_forward(*ids.shape), rows, length)
         logits, padding = logits[rows], padding[rows]
+        padding_of_all = padding
         flat_seeds = [seed for generations in seeds for seed in generations]
         uniforms = response_uniforms(flat_seeds, length).to(device)
         count = len(flat_seeds)
@@ -114,8 +136,12 @@ class MegatronEngine:
         active = torch.arange(count, device=device)  # the response in each row of the batch
         running = torch.full((count,), not idle, device=device)  # rows of the batch not yet done
 
+        kept_sets = KeptSets(length)
+
         for step in range(length):
-            drawn, told_of_drawn = self._draw(logits, uniforms[active, step], sampling)
+            drawn, told_of_drawn, kept = self._draw(logits, uniforms[active, step], sampling)
+            if kept is not None:
+                kept_sets.add(step, active[running], kept[running])
             tokens[active[running], step] = drawn[running]
             told[:, active[running], step] = told_of_drawn[:, running]
             stopped = running & torch.isin(drawn, stops)
@@ -125,18 +151,26 @@ class MegatronEngine:
             if step + 1 == length or self._largest_of_replicas(alive) == 0:
                 break
             if max(alive, 1) <= running.numel() // 2:
-                kept = running.nonzero().squeeze(-1) if alive else active.new_zeros(1)
-                _select_rows(context, kept)
-                active, padding, drawn, running = active[kept], padding[kept], drawn[kept], running[kept]
+                left = running.nonzero().squeeze(-1) if alive else active.new_zeros(1)
+                _select_rows(context, left)
+                active, padding, drawn, running = active[left], padding[left], drawn[left], running[left]
             context.sequence_len_offset = width + step
             columns = torch.arange(width + step + 1, device=device)
             mask = (columns < padding.unsqueeze(-1))[:, None, None, :]
             logits = self._forward(drawn.unsqueeze(-1), mask, context)
+            if routes is not None:
+                routes.add(step, active)
 
+        if routes is not None:
+            routes.stop()
+        if idle:
+            return self._no_responses(sampling)
         told = self._from_last_stage(told)
         last = tokens.gather(1, (lengths - 1).unsqueeze(-1)).squeeze(-1)
         written = torch.arange(length, device=device) < lengths.unsqueeze(-1)
         log_probs, kept_mass, *entropies = told[:, written].cpu()
+        kept_counts, kept_ids = self._kept(kept_sets, len(log_probs)) if sampling.kept_ids else (None, None)
+        read_counts, read = (None, None) if routes is None else routes.read(padding_of_all, lengths)
         return Responses(
             lengths=lengths.cpu(),
             tokens=tokens[written].int().cpu(),
@@ -145,6 +179,10 @@ class MegatronEngine:
             versions=torch.full((count,), self.version),
             kept_mass=kept_mass,
             entropies=entropies[0] if entropies else None,
+            kept_counts=kept_counts,
+            kept_ids=kept_ids,
+            read_counts=None if read_counts is None else read_counts.cpu(),
+            routes=None if read is None else read.cpu(),
         )
 
     def _largest_of_replicas(self, value: int) -> int:
@@ -178,16 +216,29 @@ class MegatronEngine:
             return output[-1]
         return gather_from_tensor_model_parallel_region(output)[:, : policy.vocab_size]
 
-    def _draw(self, logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-        """Tokens [B] on every rank, and float32 [2 or 3, B] that the last stage tells of them."""
+    def _draw(self, logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens [B] on every rank; of the last stage float32 [2 or 3, B] that it tells of them, and what it kept."""
+        kept = None
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             drawn = sample(logits, uniforms, sampling)
-            tokens, known = drawn.tokens, [drawn.log_probs, drawn.kept_mass]
+            tokens, kept, known = drawn.tokens, drawn.kept, [drawn.log_probs, drawn.kept_mass]
             told = torch.stack(known if drawn.entropies is None else [*known, drawn.entropies])
         else:
             tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
             told = torch.zeros(2 + sampling.entropies, *uniforms.shape, device=uniforms.device)
-        return self._from_last_stage(tokens), told
+        return self._from_last_stage(tokens), told, kept
+
+    def _kept(self, sets: KeptSets, count: int) -> tuple[Tensor, Tensor]:
+        """How many tokens were kept at each of `count` places, and which: int32, the last stage's on every rank."""
+        device = self.policy.runtime.device
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        counts, ids = (
+            sets.in_order() if last and count else (torch.zeros(count, dtype=torch.int32, device=device), None)
+        )
+        counts = self._from_last_stage(counts)
+        if ids is None:
+            ids = torch.zeros(int(counts.sum()), dtype=torch.int32, device=device)
+        return counts.cpu(), self._from_last_stage(ids).cpu()
 
     def _from_last_stage(self, tensor: Tensor) -> Tensor:
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:

@@ -156,15 +156,15 @@ class Sampler:
         if self._pool is not None:
             self._pool.__exit__(kind, error, traceback)
 
-    def sampling(self, *, temperature: float, top_p: float, top_k: int = 0, entropies: bool = False) -> SamplingParams:
-        """The run's lengths and stop tokens at these settings."""
+    def sampling(self, *, temperature: float, top_p: float, top_k: int = 0, **asked: bool) -> SamplingParams:
+        """The run's lengths and stop tokens at these settings; asked: optional fields of `Responses`, by name."""
         return SamplingParams(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             max_response_tokens=self._max_response_tokens,
             stop_token_ids=self._stop_token_ids,
-            entropies=entropies,
+            **asked,
         )
 
     def sample(self, draw: Draw) -> Rollouts:
@@ -250,6 +250,8 @@ def training_draw(sampler: Sampler, prompts: PromptSet, recipe: Recipe, position
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             entropies=recipe.algorithm.old_policy == "rollout",
+            kept_ids=rollout.nucleus_replay,
+            routes=recipe.model.routing_replay == "r3",
         ),
     )
 

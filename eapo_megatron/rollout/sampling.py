@@ -12,12 +12,13 @@ from eapo_megatron.rollout.engine import SamplingParams
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token a row, [B] each; log-probs and entropies are of the full softmax at the sampling temperature."""
+    """One token a row, [B] each but `kept`; log-probs and entropies are of the full softmax at the temperature."""
 
     tokens: Tensor  # int64
     log_probs: Tensor  # float32
     kept_mass: Tensor  # float32, the softmax's mass of the tokens that top-k and top-p kept
     entropies: Tensor | None  # float32, nats; None where they were not asked for
+    kept: Tensor | None  # bool [B, V]: the tokens that could be drawn; None where they were not asked for
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> Drawn:
@@ -32,6 +33,7 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> Drawn:
         # The kept tokens' log-probs were all raised by -log S.
         kept_mass=(log_probs - kept_log_probs).exp().clamp(max=1.0),
         entropies=torch.special.entr(full.exp()).sum(dim=-1) if sampling.entropies else None,
+        kept=kept.isfinite() if sampling.kept_ids else None,
     )
 
 

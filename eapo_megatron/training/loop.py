@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from eapo_megatron.evaluation.evaluate import evaluate
-from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
+from eapo_megatron.policy.batching import TokenData, make_batch
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
 from eapo_megatron.rewards.overlong import overlong_rewards
 from eapo_megatron.rollout.rollouts import collect
@@ -102,9 +102,7 @@ def train_step(run: Run) -> dict[str, float]:
         corrections = algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask)
     updates = []
     with run.timer("update"):
-        for rows in mini_batches(
-            batch, recipe.train.mini_batch_prompts, finished_only=recipe.algorithm.overlong_filtering
-        ):
+        for rows in run.optimizer_steps(batch):
             tokens = TokenData(
                 weights=algorithm.weights(batch.mask_of(rows), batch.group_ids),
                 advantages=advantages,

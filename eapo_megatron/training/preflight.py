@@ -26,7 +26,7 @@ from eapo_megatron.data import (
     load_examples,
     load_tokenizer,
 )
-from eapo_megatron.policy.layout_checks import check_layout, check_lengths
+from eapo_megatron.policy.layout_checks import check_layout, check_lengths, check_routing
 from eapo_megatron.reading import naming_files
 from eapo_megatron.records.trackers import check_trackers
 from eapo_megatron.rewards import check_reward
@@ -71,6 +71,7 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         hf_config = hf_config_of(recipe.model, source=source)
         check_layout(recipe.parallel, hf_config, world_size)
         check_lengths(recipe, hf_config)
+        check_routing(recipe, hf_config)
         check_trackers(recipe.logging)
         asked = check_reward(recipe.reward.function)
         check_run_folder(recipe)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eapo_megatron.config import Model, Recipe, RecipeError
 from eapo_megatron.durable import write_json
-from eapo_megatron.policy.batching import Batch
+from eapo_megatron.policy.batching import Batch, mini_batches
 from eapo_megatron.policy.checkpoint import Checkpoints
 from eapo_megatron.policy.checkpoint_files import inspect
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
@@ -101,10 +101,15 @@ class Run:
         weights = export_weights(self.policy.modules, self.policy.hf_config)
         self.sampler.engine.update_weights(weights, self.progress.step)
 
+    def optimizer_steps(self, batch: Batch) -> list[list[int]]:
+        """The rows of each optimizer step on this batch."""
+        finished_only = self.recipe.algorithm.overlong_filtering
+        return list(mini_batches(batch, self.recipe.train.mini_batch_prompts, finished_only=finished_only))
+
     def old_policy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The old policy's log-probs and entropies (nats), float32 [N, T]: of a forward, or as the engine sampled."""
         if self.recipe.algorithm.old_policy == "forward":
-            return self.worker.log_probs_and_entropies(batch)
+            return self.worker.log_probs_and_entropies(batch, self.optimizer_steps(batch))
         assert batch.rollout_entropies is not None, "preflight checks that the engine gives them"
         return batch.rollout_log_probs, batch.rollout_entropies
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -31,7 +32,16 @@ def random_responses(source: random.Random, count: int, *, shortest: int = 0) ->
         finished=[source.random() < 0.5 for _ in lengths],
         version=source.randrange(5),
     )
-    return replace(given, kept_mass=given.log_probs + 2, entropies=given.log_probs - 3)
+    counts = torch.tensor([source.randint(1, 4) for _ in given.tokens], dtype=torch.int32)
+    ids = torch.tensor([source.randrange(50) for _ in range(int(counts.sum()))], dtype=torch.int32)
+    told = {"kept_mass": given.log_probs + 2, "entropies": given.log_probs - 3}
+    return replace(given, **told, kept_counts=counts, kept_ids=ids)
+
+
+def kept_lists(responses: Responses) -> list[list[list[int]]]:
+    """The ids that were kept at each token of each response."""
+    sets = iter(ids.tolist() for ids in responses.kept_ids.split(responses.kept_counts.tolist()))
+    return [[next(sets) for _ in range(length)] for length in responses.lengths.tolist()]
 
 
 def random_batch(source: random.Random, groups: int, *, shortest: int = 0) -> Batch:
@@ -40,6 +50,9 @@ def random_batch(source: random.Random, groups: int, *, shortest: int = 0) -> Ba
     responses = random_responses(source, sum(sizes), shortest=shortest)
     group_ids = torch.arange(groups).repeat_interleave(torch.tensor(sizes))
     rewards = torch.tensor([source.choice((1.0, -1.0)) for _ in group_ids], dtype=torch.float64)
+    read_counts = responses.lengths + torch.tensor([len(prompts[group]) - 1 for group in group_ids.tolist()])
+    routes = torch.tensor([source.randrange(9) for _ in range(6 * int(read_counts.sum()))], dtype=torch.int16)
+    responses = replace(responses, read_counts=read_counts, routes=routes.view(-1, 2, 3))
     return make_batch(prompts, responses, group_ids, rewards, CPU)
 
 
@@ -51,6 +64,7 @@ def test_responses_are_selected_as_lists_are(seed: int, rows: list[int]) -> None
     assert chosen.log_prob_lists() == [responses.log_prob_lists()[row] for row in rows]
     assert chosen.finished.tolist() == [bool(responses.finished[row]) for row in rows]
     assert chosen.versions.tolist() == [int(responses.versions[row]) for row in rows]
+    assert kept_lists(chosen) == [kept_lists(responses)[row] for row in rows]
     assert torch.equal(chosen.kept_mass, chosen.log_probs + 2)
     assert torch.equal(chosen.entropies, chosen.log_probs - 3)
     assert replace(responses, kept_mass=None).select(torch.tensor(rows, dtype=torch.int64)).kept_mass is None
@@ -64,6 +78,7 @@ def test_responses_of_parts_follow_one_another(seed: int, counts: list[int]) -> 
     whole = Responses.concatenated(parts)
     assert len(whole) == sum(counts)
     assert whole.token_lists() == [tokens for part in parts for tokens in part.token_lists()]
+    assert kept_lists(whole) == [sets for part in parts for sets in kept_lists(part)]
     assert torch.equal(whole.kept_mass, whole.log_probs + 2)
     bare = Responses.concatenated([replace(part, kept_mass=None) for part in parts])
     assert bare.kept_mass is None
@@ -77,12 +92,18 @@ def test_a_batch_holds_each_response_at_its_row(seed: int) -> None:
         zip(batch.responses.token_lists(), batch.responses.log_prob_lists(), strict=True)
     ):
         assert batch.mask[row].tolist() == [place < len(tokens) for place in range(batch.mask.shape[1])]
-        assert batch.rollout_log_probs[row, : len(tokens)].tolist() == log_probs
+        over_kept = [log_prob - math.log(log_prob + 2) for log_prob in log_probs]
+        assert batch.rollout_log_probs[row, : len(tokens)].tolist() == pytest.approx(over_kept, rel=1e-5)
         assert not batch.rollout_log_probs[row, len(tokens) :].any()
         assert batch.length(row) == len(batch.prompts[row]) + len(tokens) - 1
     assert batch.rewards.dtype == torch.float32
-    assert torch.equal(batch.kept_mass, torch.where(batch.mask, batch.rollout_log_probs + 2, 0.0))
-    assert torch.equal(batch.rollout_entropies, torch.where(batch.mask, batch.rollout_log_probs - 3, 0.0))
+    assert torch.equal(batch.kept_mass[batch.mask], batch.responses.kept_mass)
+    assert not batch.kept_mass[~batch.mask].any()
+    raw = make_batch(
+        batch.prompts, replace(batch.responses, kept_ids=None), torch.arange(batch.size), batch.rewards, CPU
+    )
+    assert torch.equal(raw.rollout_log_probs[raw.mask], batch.responses.log_probs)
+    assert torch.equal(raw.rollout_entropies[raw.mask], batch.responses.entropies)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 7))
@@ -150,6 +171,15 @@ def test_micro_batches_hold_every_token_once(
         for line, row in enumerate(own):
             read = (batch.prompts[row] + tokens[row])[:-1]
             assert micro.input_ids[line, : len(read)].tolist() == read
+        sets: list[list[int]] = [[] for _ in micro.targets]
+        for place, token in zip(*(part.tolist() for part in micro.kept), strict=True):
+            sets[place].append(token)
+        assert sets == [ids for row in own for ids in kept_lists(batch.responses)[row]]
+        assert micro.lengths.tolist() == [*map(batch.length, own), *[0] * (len(micro.lengths) - len(own))]
+        routes = batch.responses.routes.split(batch.responses.read_counts.tolist())
+        for line, row in enumerate(own):
+            assert torch.equal(micro.routes[line, : len(routes[row])], routes[row])
+            assert (micro.routes[line, len(routes[row]) :] == torch.arange(3)).all()
         values = torch.arange(1.0, len(micro.targets) + 1)
         assert torch.equal(micro.to_responses(values)[micro.mask], values)
 

@@ -40,6 +40,13 @@ def test_gradients(name: str, measured: Measured) -> None:
     assert_gradients(actual["gradients"], gradients, LAYOUTS[name].model)
 
 
+@pytest.mark.parametrize("name", [name for name in FLOAT32 if LAYOUTS[name].head == "logits"])
+def test_gradients_over_kept_tokens_when_every_token_is(name: str, measured: Measured) -> None:
+    reference, actual = reference_of(LAYOUTS[name].model), measured(name)
+    _, gradients = reference.gradients_at_start(tuple(range(reference.batch.size)), "token_mean")
+    assert_gradients(actual["gradients, every token kept"], gradients, LAYOUTS[name].model)
+
+
 @pytest.mark.parametrize("name", FLOAT32)
 def test_gradients_of_consecutive_steps(name: str, measured: Measured) -> None:
     reference, actual = reference_of(LAYOUTS[name].model), measured(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -41,6 +42,7 @@ from layouts import (
     MODELS,
     OPTIMIZERS,
     TEMPERATURE,
+    VOCAB_SIZE,
     Layout,
     old_policy_offsets,
     training_batch,
@@ -98,6 +100,10 @@ def measure_training(policy: Policy, layout: Layout, model: Model, folder: Path)
     results["loss"] = metrics["loss/policy"]
     results["gradients"] = complete_gradients(policy)
     results["padding_gradient"] = padding_gradient(policy)
+    if layout.head == "logits":
+        tokens = TokenData(weights=weights_of(everything), **inputs)
+        worker.accumulate(with_every_token_kept(batch), everything, Algorithm(), tokens)
+        results["gradients, every token kept"] = complete_gradients(policy)
 
     settings = Optimizer(lr_decay_style="linear", lr_decay_steps=DECAY_STEPS, **OPTIMIZERS[layout.optimizer])
     optimizer = build_optimizer(policy, settings)
@@ -129,6 +135,14 @@ def measure_training(policy: Policy, layout: Layout, model: Model, folder: Path)
         ]
         results["later weights"] = full_tensors(policy)
     return results
+
+
+def with_every_token_kept(batch: Batch) -> Batch:
+    """The batch with kept sets that leave nothing out, so that log-probs over them are those of the full softmax."""
+    count = batch.responses.tokens.numel()
+    ids = torch.arange(VOCAB_SIZE, dtype=torch.int32).repeat(count)
+    counts = torch.full((count,), VOCAB_SIZE, dtype=torch.int32)
+    return replace(batch, responses=replace(batch.responses, kept_counts=counts, kept_ids=ids))
 
 
 def recorded_update(

@@ -20,7 +20,7 @@ from layouts import RESPONSE_TOKENS, ROLLOUT_PROMPTS, ROLLOUT_SEEDS, STOP_TOKENS
 GREEDY = SamplingParams(top_k=1, max_response_tokens=RESPONSE_TOKENS)
 SAMPLED = SamplingParams(temperature=TEMPERATURE, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=STOP_TOKENS)
 
-FILTERED = replace(SAMPLED, temperature=1.5, top_k=12, top_p=0.8, entropies=True)
+FILTERED = replace(SAMPLED, temperature=1.5, top_k=12, top_p=0.8, entropies=True, kept_ids=True)
 
 
 def grouped(responses: Responses, seeds: Sequence[Sequence[int]]) -> list[list[Response]]:
@@ -61,7 +61,8 @@ def apart(policy: Policy) -> dict[int, list[Response]]:
     mine = range(len(ROLLOUT_PROMPTS))[rank::size] if rank else range(0)
     engine = MegatronEngine(policy, pad_token_id=0, max_batch_size=2)
     seeds = [ROLLOUT_SEEDS[i] for i in mine]
-    groups = grouped(engine.generate([ROLLOUT_PROMPTS[i] for i in mine], seeds, SAMPLED), seeds)
+    sampling = replace(SAMPLED, entropies=True, kept_ids=True)
+    groups = grouped(engine.generate([ROLLOUT_PROMPTS[i] for i in mine], seeds, sampling), seeds)
     return {
         i: group
         for part in policy.runtime.gather_objects(dict(zip(mine, groups, strict=True)))
@@ -72,14 +73,18 @@ def apart(policy: Policy) -> dict[int, list[Response]]:
 def told(policy: Policy, drawn: Responses, temperature: float) -> dict[str, Any]:
     """What the engine tells of each token, [tokens] each; log-probs and entropies beside the worker's."""
     groups = torch.tensor([index for index, seeds in enumerate(ROLLOUT_SEEDS) for _ in seeds])
-    batch = make_batch(ROLLOUT_PROMPTS, drawn, groups, torch.zeros(len(drawn)), policy.runtime.device)
+    raw = replace(drawn, kept_counts=None, kept_ids=None)
     worker = PolicyWorker(policy, micro_batch_size=4, temperature=temperature)
-    log_probs, entropies = worker.log_probs_and_entropies(batch)
-    return {
-        "log_probs": (drawn.log_probs, log_probs[batch.mask]),
-        "entropies": (drawn.entropies, entropies[batch.mask]),
-        "kept_mass": drawn.kept_mass,
-    }
+    results: dict[str, Any] = {}
+    for kind, responses in (("", raw), ("kept ", drawn)):
+        batch = make_batch(ROLLOUT_PROMPTS, responses, groups, torch.zeros(len(drawn)), policy.runtime.device)
+        log_probs, entropies = worker.log_probs_and_entropies(batch)
+        results[f"{kind}log_probs"] = (batch.rollout_log_probs[batch.mask], log_probs[batch.mask])
+        results[f"{kind}entropies"] = (drawn.entropies, entropies[batch.mask])
+    assert drawn.kept_counts is not None
+    assert drawn.kept_ids is not None
+    kept = [ids.tolist() for ids in drawn.kept_ids.split(drawn.kept_counts.tolist())]
+    return results | {"kept_mass": drawn.kept_mass, "kept": kept}
 
 
 def both_log_probs(

@@ -74,7 +74,10 @@ def main() -> None:
         }
     )
     tokenizer = arithmetic_tokenizer()
-    prompts = [Prompt(index, "", [first], str(first), None) for index, first in enumerate(PROMPTS)]
+    prompts = [
+        Prompt(index, "p" * index, [first], str(first), None, {"level": 9 - index})
+        for index, first in enumerate(PROMPTS)
+    ]
     engine = KnownEngine()
     with Sampler(engine, recipe, tokenizer, runtime, stop_token_ids=()) as sampler:
         draw = Draw(prompts, SEEDS, sampler.sampling(temperature=1.0, top_p=1.0))

@@ -95,9 +95,12 @@ def test_rollout_log_probs_are_the_policys(name: str, measured: Measured) -> Non
 
 @pytest.mark.parametrize("name", ROLLOUTS)
 def test_what_is_told_of_a_filtered_draw_is_of_the_full_softmax(name: str, measured: Measured) -> None:
-    """Log-probs and entropies are those of the forward that training would run: `old_policy: rollout` spares it."""
+    """Log-probs and entropies are those of the forward that training would run: `old_policy: rollout` spares it.
+
+    With the kept sets both are over them: `nucleus_replay`.
+    """
     told = measured(name)["rollouts"]["told_of_filtered"]
-    for kind in ("log_probs", "entropies"):
+    for kind in ("log_probs", "entropies", "kept log_probs", "kept entropies"):
         of_engine, of_worker = told[kind]
         assert len(of_engine) > 20
         torch.testing.assert_close(of_engine, of_worker, rtol=0, atol=1e-5)
@@ -108,16 +111,19 @@ def test_the_kept_mass_is_the_softmaxs_over_the_kept_tokens(name: str, measured:
     """By transformers in float64: the 12 most probable tokens, of these the fewest that hold 0.8 of their mass."""
     model = copy.deepcopy(tiny_model(LAYOUTS[name].model)).double()
     rollouts = measured(name)["rollouts"]
-    expected = []
+    expected, kept = [], []
     for prompt, group in zip(ROLLOUT_PROMPTS, rollouts["filtered"], strict=True):
         for response in group:
             with torch.no_grad(), one_thread():
                 logits = model(torch.tensor([prompt + response.tokens])).logits[0, len(prompt) - 1 : -1]
             for row in (logits / 1.5).softmax(-1).tolist():
-                best = sorted(row, reverse=True)[:12]
+                order = sorted(range(len(row)), key=lambda token, row=row: -row[token])[:12]
+                best = [row[token] for token in order]
                 count = next(n for n in range(1, 13) if sum(best[:n]) >= 0.8 * sum(best))
                 expected.append(sum(best[:count]))
+                kept.append(sorted(order[:count]))
     assert min(expected) < 0.9
+    assert rollouts["told_of_filtered"]["kept"] == kept
     assert rollouts["told_of_filtered"]["kept_mass"].tolist() == pytest.approx(expected, abs=1e-5)
 
 

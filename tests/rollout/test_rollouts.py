@@ -118,6 +118,15 @@ def test_an_engine_says_what_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     sys.modules["an_engine"].GIVES = ("entropies",)  # type: ignore[attr-defined]
     check_gives(asking)
     check_gives(recipe(1, algorithm={"old_policy": "rollout"}))  # the embedded engine
+    replaying = {
+        "rollout": {"top_p": 0.9, "nucleus_replay": True},
+        "model": {"path": "m", "head": {"backend": "logits"}},
+    }
+    check_gives(recipe(1, **replaying))
+    with pytest.raises(
+        RecipeError, match=r"^rollout\.nucleus_replay needs kept_ids of the rollouts, which .* mine does"
+    ):
+        check_gives(recipe(1, **replaying | {"rollout": {**replaying["rollout"], "engine": "mine"}}))
 
 
 class Drawn(Sampler):
@@ -148,7 +157,7 @@ def recipe(rounds: int, **sections: dict[str, Any]) -> Recipe:
         {
             "name": "run",
             "seed": 5,
-            "model": {"path": "folder"},
+            "model": sections.get("model", {"path": "folder"}),
             "data": {"task": "arithmetic"},
             "rollout": {"num_generations_per_prompt": 2, **sections.get("rollout", {})},
             "algorithm": {"dynamic_sampling_rounds": rounds, **sections.get("algorithm", {})},

@@ -28,8 +28,16 @@ def test_every_rank_has_all_rollouts_in_order() -> None:
     assert printed[0]["finished"] == [len(tokens) % 2 == 0 for _, tokens, _ in drawn]
     assert printed[0]["versions"] == [3] * len(drawn)
     expected = [
-        None if digit == "" else pytest.approx(int(digit) / PROMPTS[group])
-        for (group, _, _), digit in zip(drawn, first_digits, strict=True)
+        None
+        if digit == ""
+        else pytest.approx(
+            int(digit) / PROMPTS[group]
+            + 10 * len(tokens)
+            + 100 * (len(tokens) % 2 == 0)
+            + 1000 * (9 - group)
+            + 10_000 * group
+        )
+        for (group, tokens, _), digit in zip(drawn, first_digits, strict=True)
     ]
     assert printed[0]["rewards"] == expected
     assert printed[0]["failures"] == first_digits.count("")

@@ -67,10 +67,11 @@ def test_the_old_policys_log_probs_come_from_a_forward_or_from_the_engine() -> N
 
     def of(old_policy: str) -> Any:
         recipe = SimpleNamespace(algorithm=SimpleNamespace(old_policy=old_policy))
-        worker = SimpleNamespace(log_probs_and_entropies=lambda batch: "a forward")
-        return Run.old_policy(SimpleNamespace(recipe=recipe, worker=worker), batch)  # type: ignore[arg-type]
+        worker = SimpleNamespace(log_probs_and_entropies=lambda batch, steps: ("a forward", steps))
+        run = SimpleNamespace(recipe=recipe, worker=worker, optimizer_steps=lambda batch: [[0], [1]])
+        return Run.old_policy(run, batch)  # type: ignore[arg-type]
 
-    assert of("forward") == "a forward"
+    assert of("forward") == ("a forward", [[0], [1]])
     log_probs, entropies = of("rollout")
     assert log_probs is batch.rollout_log_probs
     assert entropies.tolist() == [[0.5, 0.25], [1.0, 0.0]]
