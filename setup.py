@@ -34,6 +34,7 @@ setup(
         "train": TRAIN,
         "gpu": [*TRAIN, "transformer-engine[pytorch]>=2.3"],
         "vllm": ["vllm>=0.11"],
+        "trackers": ["wandb>=0.31", "mlflow-skinny>=3.17"],
         "dev": [
             "pytest>=8.3",
             "hypothesis>=6.112",
