@@ -62,7 +62,7 @@ class TensorBoard:
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a kill would take two minutes of steps with it
+        self._writer.flush()  # its thread writes: a kill would take what it has not reached
 
     def close(self) -> None:
         self._writer.close()
