@@ -55,7 +55,7 @@ benchmark-vllm: .venv-vllm/.installed
 .venv/.installed: setup.py constraints/cpu.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints/cpu.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints/cpu.txt -e '.[train,dev]'
+	$(BIN)/pip install --quiet -c constraints/cpu.txt -e '.[train,trackers,dev]'
 	touch $@
 
 # A build of vLLM for CPU by third parties: for tests alone, GPU users install vllm. Its torchvision and torchaudio do not fit torch's CPU build.

@@ -35,6 +35,7 @@ setup(
         "train": TRAIN,
         "gpu": [*TRAIN, "transformer-engine[pytorch]>=2.3"],
         "vllm": ["vllm==0.32.*"],
+        "trackers": ["wandb>=0.31", "mlflow-skinny>=3.17"],
         "dev": [
             "pytest>=8.3",
             "hypothesis>=6.112",

@@ -302,8 +302,6 @@ COMBINATIONS = [
     refused("reward.function=chess", says="reward.function"),
     refused("reward.function=:", says="reward.function"),
     refused("reward.function=''", says="reward.function"),
-    refused("logging.wandb_project=p", says="logging.wandb_project needs the package wandb"),
-    refused("logging.mlflow_experiment=p", says="logging.mlflow_experiment needs the package mlflow"),
     refused("model.checkpoint=absent", says="model.checkpoint absent"),
     refused("model.tokenizer=absent", says="model.tokenizer absent is not a folder"),
     refused("model={path: absent, architecture: null}", says="model.path absent"),

@@ -125,8 +125,8 @@ class Logging(Section):
     tensorboard: bool = True
     """Whether to write scalars for TensorBoard."""
     wandb_project: str | None = None
-    """Weights & Biases project to log to; null: none."""
+    """Weights & Biases project, which gets each step with the checkpoint that holds it; null: none."""
     mlflow_experiment: str | None = None
-    """MLflow experiment to log to; null: none."""
+    """MLflow experiment, which gets each step with the checkpoint that holds it; null: none."""
     samples_per_step: int = Field(4, ge=0)
     """Responses of each step that are written to samples.jsonl."""

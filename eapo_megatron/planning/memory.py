@@ -30,7 +30,7 @@ class RankMemory:
     logits: int  # what their logits and gradient would take instead
     kv_cache: int
     sampling: int
-    engine: int  # weights of a server that shares this rank's GPU; they leave it in training
+    engine: int  # weights of a server that shares this rank's GPU and stays there, with its KV cache, in training
 
     @property
     def resident(self) -> int:
@@ -38,7 +38,8 @@ class RankMemory:
 
     @property
     def training_peak(self) -> int:
-        return self.resident + self.activations + self.head
+        beside = self.engine + self.kv_cache if self.engine else 0
+        return self.resident + self.activations + self.head + beside
 
     @property
     def rollout_peak(self) -> int:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eapo_megatron.config import Recipe
 from eapo_megatron.durable import write_bytes, write_json
-from eapo_megatron.records.trackers import open_trackers
+from eapo_megatron.records.trackers import Trackers
 
 METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE = "metrics.jsonl", "samples.jsonl", "summary.json"
 _SECONDS_BETWEEN_LINES = 5.0
@@ -36,7 +36,6 @@ class Records:
         self._metrics = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
         # A lone surrogate that a tokenizer made becomes its escape, which JSON reads as what it was.
         self._samples = (self.folder / SAMPLES_FILE).open("a", encoding="utf-8", errors="backslashreplace")
-        self._trackers = open_trackers(recipe, first_step)
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -50,6 +49,9 @@ class Records:
         )
         self._bars: dict[str, Any] = {}
         self._line_at = 0.0  # when a log file last had a line of progress
+        with (self.folder / METRICS_FILE).open(encoding="utf-8") as file:
+            earlier = [json.loads(line) for line in file]
+        self._trackers = Trackers(recipe, first_step, earlier, self.say)
 
     def __enter__(self) -> Records:
         self._progress.start()
@@ -61,8 +63,7 @@ class Records:
         self._progress.stop()
         self._metrics.close()
         self._samples.close()
-        for tracker in self._trackers:
-            tracker.close()
+        self._trackers.close()
 
     def advance(self, phase: str, done: int, total: int, note: str = "") -> None:
         """Moves the progress bar of a phase; where there is no terminal, says a line every few seconds."""
@@ -84,8 +85,7 @@ class Records:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
         self._metrics.flush()
-        for tracker in self._trackers:
-            tracker.log(metrics, step)
+        self._trackers.log(metrics, step)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """A few sampled responses with their rewards."""
@@ -98,6 +98,10 @@ class Records:
         for file in (self._metrics, self._samples):
             file.flush()
             os.fsync(file.fileno())
+
+    def settle(self) -> None:
+        """After a checkpoint: no resume takes the steps so far back."""
+        self._trackers.settle()
 
     def summarize(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""

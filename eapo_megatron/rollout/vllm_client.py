@@ -126,13 +126,6 @@ class VLLMClient:
         """Raises ServerLostError when weights are missing: the server ends then."""
         self._call("POST", "/finish_weight_update", {"weight_version": str(version)})
 
-    def sleep(self) -> None:
-        """Frees the GPU: weights go to the host's memory, the KV cache is dropped."""
-        self._call("POST", "/sleep?level=1")
-
-    def wake_up(self) -> None:
-        self._call("POST", "/wake_up")
-
     def _call(self, method: str, path: str, body: Any = None) -> Any:
         connection = self._connection()
         content = None if body is None else json.dumps(body)

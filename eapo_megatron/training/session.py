@@ -150,6 +150,8 @@ class Run:
             self.records.sync()
         state = {"progress": asdict(self.progress), "ranking": self.progress.ranking()}
         self.checkpoints.save(self.progress.step, self.policy, self.optimizer.megatron, self.optimizer.schedule, state)
+        if self.records is not None:
+            self.records.settle()
 
     def summary(self) -> dict[str, Any]:
         """summary.json."""

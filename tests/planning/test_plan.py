@@ -127,6 +127,8 @@ def test_vllm_beside_the_policy_takes_its_weights_and_cache() -> None:
     assert whole.kv_cache == tokens * 28 * 2 * 4 * 128 * 2
     assert plan.memory.kv_cache == whole.kv_cache / 4
     assert plan.memory.rollout_peak == plan.memory.resident + plan.memory.engine + plan.memory.kv_cache
+    beside = plan.memory.engine + plan.memory.kv_cache
+    assert plan.memory.training_peak == plan.memory.resident + plan.memory.activations + plan.memory.head + beside
     text = io.StringIO()
     print_plan(plan, Console(width=120, file=text))
     assert "vLLM's weights" in text.getvalue()

@@ -59,8 +59,8 @@ def test_a_tracker_is_a_class_and_a_line(tmp_path: Path, monkeypatch: pytest.Mon
     seen: list[tuple[int, dict]] = []
 
     class Tracker:
-        def __init__(self, recipe: Recipe, first_step: int) -> None:
-            seen.append((first_step, {"project": recipe.logging.wandb_project}))
+        def __init__(self, recipe: Recipe, start: trackers.Start) -> None:
+            seen.append((start.first_step, {"project": recipe.logging.wandb_project}))
 
         def log(self, metrics: dict[str, float], step: int) -> None:
             seen.append((step, metrics))
@@ -71,6 +71,9 @@ def test_a_tracker_is_a_class_and_a_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(trackers, "TRACKERS", (trackers.TrackerKind("wandb_project", "json", Tracker),))
     with Records(recipe(tmp_path, wandb_project="p"), first_step=3) as records:
         records.log(3, {"loss": 1.0})
+        assert seen == [(3, {"project": "p"})]
+        records.settle()
+        records.log(4, {"loss": 2.0})
     assert seen == [(3, {"project": "p"}), (3, {"loss": 1.0}), (-1, {})]
 
 
@@ -100,3 +103,9 @@ def test_any_text_is_a_line_of_samples_and_is_kept_on_resuming(tmp_path: Path) -
     assert [json.loads(line) for line in lines] == [
         {"step": step, "response": text} for step in (1, 2) for text in TEXTS
     ]
+
+
+def test_a_line_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Records(recipe(tmp_path), first_step=0) as records:
+        records.say("[/folder] and [bold] are no markup")
+    assert capsys.readouterr().err == "[/folder] and [bold] are no markup\n"

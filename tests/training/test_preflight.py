@@ -14,6 +14,7 @@ from eapo_megatron.config import Parallel, RecipeError
 from eapo_megatron.data import arithmetic_tokenizer
 from eapo_megatron.policy.layout_checks import check_layout
 from eapo_megatron.recipe_files import parse_recipe
+from eapo_megatron.records import trackers
 from eapo_megatron.rollout.rollouts import Sampler
 from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
 from eapo_megatron.training.preflight import prepare
@@ -233,8 +234,9 @@ def test_a_run_folder_of_another_experiment(tmp_path: Path) -> None:
     assert "holds another experiment: optimizer.lr was 1e-06 there and is 0.5 here" in sentence
 
 
-def test_unknown_engines_and_missing_trackers_are_refused(tmp_path: Path) -> None:
+def test_unknown_engines_and_missing_trackers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rollout.engine must be one of megatron, vllm, got 'hf'" in refusal(tmp_path, rollout={"engine": "hf"})
+    monkeypatch.setattr(trackers, "find_spec", lambda package: None if package == "wandb" else package)
     assert "logging.wandb_project needs the package wandb" in refusal(tmp_path, logging={"wandb_project": "p"})
 
 
