@@ -15,6 +15,7 @@ from eapo_megatron.config import RecipeError
 from eapo_megatron.policy.batching import make_batch
 from eapo_megatron.policy.checkpoint import STATE_FILE, STATE_VERSION, Checkpoints
 from eapo_megatron.policy.responses import Responses
+from eapo_megatron.stopping import TrainingStoppedError
 from eapo_megatron.training.session import Progress, Run
 
 # state.json of the first version of the format, as it was written.
@@ -115,3 +116,24 @@ def test_damaged_states_do_not_disturb_retention(tmp_path: Path) -> None:
     (tmp_path / "step_000060" / STATE_FILE).unlink()
     best._retain()
     assert best.steps() == [70]
+
+
+def test_records_are_on_disk_before_a_checkpoint_and_settled_after_it() -> None:
+    order: list[str] = []
+    note = lambda what: lambda *_: order.append(what)  # noqa: E731
+    run = SimpleNamespace(
+        runtime=SimpleNamespace(broadcast_object=lambda value: value),
+        lock=SimpleNamespace(is_held=lambda: True),
+        records=SimpleNamespace(sync=note("sync"), settle=note("settle")),
+        checkpoints=SimpleNamespace(save=note("save")),
+        progress=Progress(),
+        policy=None,
+        optimizer=SimpleNamespace(megatron=None, schedule=None),
+        recipe=SimpleNamespace(run_folder=Path("run")),
+    )
+    Run.save(run)  # type: ignore[arg-type]
+    assert order == ["sync", "save", "settle"]
+    run.lock.is_held = lambda: False
+    with pytest.raises(TrainingStoppedError, match="another process has taken run: step not saved"):
+        Run.save(run)  # type: ignore[arg-type]
+    assert order == ["sync", "save", "settle"]
