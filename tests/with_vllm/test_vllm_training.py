@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from command_line import checkpoints, last_step, train, train_until
+from command_line import checkpoints, last_step, metrics, train, train_until
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -38,6 +39,25 @@ def test_a_run_that_loses_its_server_ends_with_a_good_checkpoint(tmp_path: Path)
     assert steps
     train(RECIPE, *overrides, f"train.steps={max(steps) + 1}")
     assert last_step(tmp_path / "short") == max(steps) + 1
+
+
+def test_rollouts_ahead_of_training_survive_a_lost_server_and_a_resume(tmp_path: Path) -> None:
+    run = tmp_path / "short"
+    one_rank = ("cluster.gpus_per_node=1", "parallel.tensor_model_parallel_size=1")
+    overrides = (*SHORT, *one_rank, f"logging.run_dir={tmp_path}", "rollout.max_staleness=2")
+    watcher = threading.Thread(target=_kill_server_after_step, args=(run,))
+    watcher.start()
+    said = train(RECIPE, *overrides, "train.steps=12")
+    watcher.join()
+    assert "rollout server 0 is started again" in said
+    train(RECIPE, *overrides, "train.steps=14")
+    lines = metrics(run, first_step=1)
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert max(line["rollout/staleness_max"] for line in lines) in (1, 2)
+    assert lines[12]["rollout/staleness_max"] == 0  # the first step after the resume
+    assert all(0 <= line["idle/engine"] <= 1 for line in lines)
+    state = json.loads((run / "checkpoints" / "step_000014" / "state.json").read_text())
+    assert state["progress"]["position"] == 14 * 8  # every prompt of the order once
 
 
 def _kill_server_after_step(run: Path) -> None:
