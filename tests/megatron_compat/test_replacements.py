@@ -18,6 +18,7 @@ from eapo_megatron.megatron_compat.replacements import (
     CPU_RUNTIME,
     CUDA_TENSOR_TYPES,
     LATENT_ATTENTION,
+    LOAD_WITHOUT_CODE,
     REPLACEMENTS,
     SAVE_IN_PROCESS,
     STEPS_KEPT_ON_LOAD,
@@ -64,13 +65,15 @@ EXPECTED = [
     "megatron.core.transformer.multi_latent_attention.HAVE_TE",
     "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
+    "torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata",
+    "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes",
 ]
 by_name = pytest.mark.parametrize("entry", REPLACEMENTS, ids=[entry.label for entry in REPLACEMENTS])
 
 
 def test_the_list_holds_these_attributes() -> None:
     assert [entry.label for entry in REPLACEMENTS] == EXPECTED
-    groups = (CPU_RUNTIME, CUDA_TENSOR_TYPES, LATENT_ATTENTION, SAVE_IN_PROCESS, STEPS_KEPT_ON_LOAD)
+    groups = (CPU_RUNTIME, CUDA_TENSOR_TYPES, LATENT_ATTENTION, SAVE_IN_PROCESS, STEPS_KEPT_ON_LOAD, LOAD_WITHOUT_CODE)
     assert [entry for group in groups for entry in group] == list(REPLACEMENTS)
 
 
