@@ -58,11 +58,11 @@ def test_a_saved_recipe_of_another_version_is_one_line_and_exit_code_2(tmp_path:
     path = tmp_path / FIRST_RECIPE.stem / RECIPE_FILE
     path.parent.mkdir()
     saved = saved_form(load_recipe(FIRST_RECIPE))
-    saved["recipe"]["rollout"]["max_staleness"] = 1
+    saved["recipe"]["rollout"]["curiosity"] = 1
     path.write_text(json.dumps(saved))
     done = run("train", str(FIRST_RECIPE), f"logging.run_dir={tmp_path}")
     assert done.returncode == 2
-    assert done.stderr == f"error: {path}: rollout.max_staleness: unknown key\n"
+    assert done.stderr == f"error: {path}: rollout.curiosity: unknown key\n"
 
 
 def test_built_in_recipes_work_by_name_in_any_folder(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ VERSION_1 = """
 
 
 class GrownRollout(Rollout):
-    max_staleness: int = 1
+    curiosity: int = 1
 
 
 class GrownRecipe(Recipe):
@@ -105,14 +105,14 @@ def test_another_experiment_is_refused(run_dir: Path, changed: dict[str, Any], s
 def test_a_key_that_the_schema_gained_has_its_default(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe_files, "Recipe", GrownRecipe)
     check_run_folder(recipe_of(run_dir))
-    check_run_folder(recipe_of(run_dir, rollout={"max_staleness": 1}))
-    with pytest.raises(RecipeError, match=r"rollout\.max_staleness was 1 there and is 0 here"):
-        check_run_folder(recipe_of(run_dir, rollout={"max_staleness": 0}))
+    check_run_folder(recipe_of(run_dir, rollout={"curiosity": 1}))
+    with pytest.raises(RecipeError, match=r"rollout\.curiosity was 1 there and is 0 here"):
+        check_run_folder(recipe_of(run_dir, rollout={"curiosity": 0}))
 
 
 def test_a_key_that_the_schema_does_not_know_is_one_sentence(run_dir: Path) -> None:
-    change(run_dir, lambda saved: saved["rollout"].update(max_staleness=1))
-    with pytest.raises(RecipeError, match=r"run/recipe\.json: rollout\.max_staleness: unknown key$"):
+    change(run_dir, lambda saved: saved["rollout"].update(curiosity=1))
+    with pytest.raises(RecipeError, match=r"run/recipe\.json: rollout\.curiosity: unknown key$"):
         check_run_folder(recipe_of(run_dir))
 
 
