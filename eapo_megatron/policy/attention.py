@@ -15,6 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from eapo_megatron.policy.shared_prompts import SharedPrompts
+
 
 class ScaledDotProductAttention(MegatronModule):
     """Core attention through torch's fused kernels: memory linear in the sequence length, on CPU and GPU.
@@ -22,8 +24,11 @@ class ScaledDotProductAttention(MegatronModule):
     Megatron's local attention holds [b, heads, s, s] scores in float32 and refuses differing head counts per group.
     """
 
-    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, layer_number: int = 0, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__(config=config)
+        self.layer_number = layer_number
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -31,7 +36,7 @@ class ScaledDotProductAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | SharedPrompts | None,
         /,
         *,
         attn_mask_type: AttnMaskType | None = None,
@@ -41,16 +46,15 @@ class ScaledDotProductAttention(MegatronModule):
         """Attention of query [sq, b, heads, d] over key and value [sk, b, groups, d] -> [sq, b, heads * d].
 
         `attention_mask` is bool, broadcastable to [b, heads, sq, sk], True where attention is NOT allowed. Without
-        it the mask is causal, or none at all for `AttnMaskType.no_mask`.
+        it the mask is causal, or none at all for `AttnMaskType.no_mask`. In its place `SharedPrompts` decode.
         """
         assert attention_bias is None
         assert packed_seq_params is None
+        if isinstance(attention_mask, SharedPrompts):
+            return attention_mask.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
         length, batch, heads, _ = query.shape
         repeats = heads // key.shape[2]
-        if length == 1 and attention_mask is not None:
-            # Decoding: a group's queries share its keys and the mask, so they line up as if they were positions.
-            query = query.reshape(batch, -1, repeats, query.shape[-1]).permute(2, 0, 1, 3)
-        elif repeats > 1:
+        if repeats > 1:
             key, value = (part.repeat_interleave(repeats, dim=2) for part in (key, value))
         q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
         context = F.scaled_dot_product_attention(
@@ -61,8 +65,6 @@ class ScaledDotProductAttention(MegatronModule):
             is_causal=attention_mask is None and attn_mask_type != AttnMaskType.no_mask,
             scale=self.softmax_scale,
         )
-        if length == 1 and attention_mask is not None:
-            return context.reshape(1, batch, -1)
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 

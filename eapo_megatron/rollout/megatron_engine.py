@@ -1,7 +1,7 @@
 """The embedded engine: the training policy itself decodes, with a KV cache, under the training layout.
 
-Prompts are padded on the left (rotary positions are relative, so a shift changes nothing) and prefilled once; the
-cache is then repeated for the G responses of each prompt, and rows that are done leave the batch once half of it is.
+Prompts are padded on the left (rotary positions are relative, so a shift changes nothing), prefilled once and cached
+once for the G responses of each; rows that are done leave the batch once half of it is.
 Pipeline stages pass hidden states down, chunk by chunk under interleaving; the last stage draws the tokens.
 Replicas that share experts (expert parallelism over data-parallel ranks) step together: one that is done keeps decoding
 a row, whose tokens nobody reads, until all are done.
@@ -23,6 +23,7 @@ from torch import Tensor
 from eapo_megatron.config import Recipe
 from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.policy.responses import Responses
+from eapo_megatron.policy.shared_prompts import SharedPrompts
 from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.sampling import response_uniforms, sample
 from eapo_megatron.rollout.traces import KeptSets, Routes
@@ -120,11 +121,10 @@ class MegatronEngine:
 
         copies = torch.tensor([len(generations) for generations in seeds], device=device)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
-        _select_rows(context, rows)
+        shared = _share_prompts(context, padding, width, rows)
         if routes is not None:
             routes.begin(routes.of_forward(*ids.shape), rows, length)
-        logits, padding = logits[rows], padding[rows]
-        padding_of_all = padding
+        logits = logits[rows]
         flat_seeds = [seed for generations in seeds for seed in generations]
         uniforms = response_uniforms(flat_seeds, length).to(device)
         count = len(flat_seeds)
@@ -152,12 +152,10 @@ class MegatronEngine:
                 break
             if max(alive, 1) <= running.numel() // 2:
                 left = running.nonzero().squeeze(-1) if alive else active.new_zeros(1)
-                _select_rows(context, left)
-                active, padding, drawn, running = active[left], padding[left], drawn[left], running[left]
+                shared = _select_rows(context, shared, left)
+                active, drawn, running = active[left], drawn[left], running[left]
             context.sequence_len_offset = width + step
-            columns = torch.arange(width + step + 1, device=device)
-            mask = (columns < padding.unsqueeze(-1))[:, None, None, :]
-            logits = self._forward(drawn.unsqueeze(-1), mask, context)
+            logits = self._forward(drawn.unsqueeze(-1), shared, context)
             if routes is not None:
                 routes.add(step, active)
 
@@ -170,7 +168,7 @@ class MegatronEngine:
         written = torch.arange(length, device=device) < lengths.unsqueeze(-1)
         log_probs, kept_mass, *entropies = told[:, written].cpu()
         kept_counts, kept_ids = self._kept(kept_sets, len(log_probs)) if sampling.kept_ids else (None, None)
-        read_counts, read = (None, None) if routes is None else routes.read(padding_of_all, lengths)
+        read_counts, read = (None, None) if routes is None else routes.read(padding[rows], lengths)
         return Responses(
             lengths=lengths.cpu(),
             tokens=tokens[written].int().cpu(),
@@ -194,7 +192,7 @@ class MegatronEngine:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         return int(largest)
 
-    def _forward(self, ids: Tensor, mask: Tensor, context: StaticInferenceContext) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor | SharedPrompts, context: StaticInferenceContext) -> Tensor:
         """Logits [B, V] of the last column of ids [B, s]; off the last stage the hidden states, for their shape."""
         policy = self.policy
         batch, width = ids.shape
@@ -256,13 +254,27 @@ def _prefill_mask(padding: Tensor, width: int) -> Tensor:
     return ((future | padded) & ~diagonal).unsqueeze(1)
 
 
-def _select_rows(context: StaticInferenceContext, rows: Tensor) -> None:
-    """Makes `rows` (repeats allowed) the cache's batch [s, b, groups, d].
+def _share_prompts(context: StaticInferenceContext, padding: Tensor, width: int, rows: Tensor) -> SharedPrompts:
+    """Takes the prompts out of the cache [s, b, groups, d], whose batch becomes `rows`: each the row's prompt.
 
-    In memory each row and group has its positions side by side: attention on the CPU reads them four times as fast.
+    In memory the positions of a row and group lie side by side: so attention on the CPU reads them fastest.
     """
-    for layer, cached in context.key_value_memory_dict.items():
+    cached = {}
+    for layer, parts in context.key_value_memory_dict.items():
+        cached[layer] = tuple(part[:width].permute(1, 2, 0, 3).contiguous() for part in parts)
         context.key_value_memory_dict[layer] = tuple(
-            part.permute(1, 2, 0, 3).index_select(0, rows).permute(2, 0, 1, 3) for part in cached
+            part.new_empty(rows.numel(), part.shape[2], part.shape[0], part.shape[3]).permute(2, 0, 1, 3)
+            for part in parts
         )
     context.max_batch_size = rows.numel()
+    return SharedPrompts(cached, torch.arange(width, device=padding.device) < padding.unsqueeze(-1), rows)
+
+
+def _select_rows(context: StaticInferenceContext, shared: SharedPrompts, rows: Tensor) -> SharedPrompts:
+    """Keeps these rows of the cache's batch, in ascending order."""
+    for layer, parts in context.key_value_memory_dict.items():
+        context.key_value_memory_dict[layer] = tuple(
+            part.permute(1, 2, 0, 3).index_select(0, rows).permute(2, 0, 1, 3) for part in parts
+        )
+    context.max_batch_size = rows.numel()
+    return shared.of_rows(rows)
