@@ -34,6 +34,7 @@ TOKEN_FIELDS = (
     "weights",
     "rollout_log_probs",
     "corrections",
+    "selected",
 )
 
 
@@ -263,7 +264,7 @@ def test_bad_inputs_are_refused_by_name() -> None:
         broken = replace(inputs, **{field: tokens.clone().index_fill(1, torch.tensor([1]), float("nan"))})
         with pytest.raises(ValueError, match=f"^{field} must be finite"):
             policy_loss(broken, EVERYTHING)
-        if field != "rollout_log_probs":  # which this loss does not read
+        if field not in ("rollout_log_probs", "selected"):  # which this loss does not read
             assert math.isnan(policy_loss_unchecked(broken, EVERYTHING).loss)
     for field, loss_settings in (
         ("ref_log_probs", LossSettings(kl_coef=0.1)),
@@ -294,6 +295,10 @@ def test_bad_inputs_are_refused_by_name() -> None:
         ("kl_coef", float("inf")),
         ("kl_estimator", "k4"),
         ("entropy_coef", float("nan")),
+        ("entropy_target", -0.2),
+        ("entropy_coef_step", float("inf")),
+        ("aggregation_length", 0),
+        ("aggregation_length", 2.0),
     ],
 )
 def test_bad_settings_are_refused_by_name(field: str, value: object) -> None:
