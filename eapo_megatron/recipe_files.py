@@ -1,8 +1,8 @@
 """Recipe files: one YAML file a run, inheriting a base, read into the typed settings of `config`.
 
 A recipe names its parent by `defaults: base.yaml` and holds overrides only. Dotted overrides (`optimizer.lr=1e-6`)
-come last. Recipes are found by path, and the built-in ones by name. Every error is one sentence that names the recipe
-and the key.
+come last; the settings of `method` are below all others. Recipes are found by path, and the built-in ones by name.
+Every error is one sentence that names the recipe and the key.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from eapo_megatron.config import Recipe, RecipeError
+from eapo_megatron.config.methods import method_settings
 
 BUILT_IN = Path(__file__).parent / "recipes"
 RENAMED = {"data.layout": "data.format"}  # keys of older recipes: their names of today
@@ -45,6 +46,11 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: {_sentence(error)}") from error
     assert isinstance(container, dict)
     container.setdefault("name", path.stem)
+    if container.get("method") is not None:
+        try:
+            container = _merged(method_settings(container), container)
+        except ValueError as error:
+            raise RecipeError(f"{path}: method: {error}") from error
     return parse_recipe({str(key): value for key, value in container.items()}, source=str(path))
 
 
