@@ -112,6 +112,17 @@ class LossSettings:
         own = {name: self.options[name] for name in default_options(selection)}
         return selection(inputs, process_group=process_group, **own).float()
 
+    def means(self, metrics: Mapping[str, float], weights: Tensor) -> dict[str, float]:
+        """The metrics of `policy_loss`, summed over an optimizer step, as means over its tokens.
+
+        weights: float32 [N, T], of all of the step's tokens. Sums are means already where weights add up to 1. Terms of
+        the loss ("loss/...") stay the sums that they are.
+        """
+        if self.aggregation != "seq_mean_token_sum":
+            return dict(metrics)
+        total = float(weights.sum(dtype=torch.float64))
+        return {name: value if name.startswith("loss/") else value / total for name, value in metrics.items()}
+
     def adapted(self, coefficient: float, entropy: float) -> tuple[LossSettings, float]:
         """The settings of a step with this mean token entropy (nats), and the next step's `coefficient`.
 
@@ -137,7 +148,7 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
     """The loss of one micro-batch and its metrics, after checking that all inputs are finite under the mask.
 
     Metrics: "loss/policy" and those of the chosen loss; "loss/kl" and "loss/entropy" (nats) when their coefficients are
-    not 0. All are sums of weight * value.
+    not 0; "entropy_bonus/coefficient" when it adapts. All are sums of weight * value.
 
     Raises:
         ValueError: naming the field that is not finite under the mask, or that the settings need and is None.
@@ -174,6 +185,8 @@ def policy_loss_unchecked(inputs: LossInputs, settings: LossSettings) -> LossOut
         assert inputs.entropies is not None
         token_loss = token_loss - settings.entropy_coef * inputs.entropies
         token_metrics["loss/entropy"] = inputs.entropies
+    if settings.entropy_target > 0:
+        token_metrics["entropy_bonus/coefficient"] = torch.full_like(token_loss, settings.entropy_coef)
     metrics = {name: (weights * values.detach()).sum() for name, values in token_metrics.items()}
     return LossOutputs(loss=(weights * token_loss).sum(), metrics=metrics)
 
