@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eapo_megatron.config import Recipe, RecipeError
+from eapo_megatron.config import Model, Parallel, Recipe, RecipeError
 from eapo_megatron.policy.batching import Batch
 from eapo_megatron.policy.checkpoint import load_policy_weights, save_weights
 from eapo_megatron.policy.checkpoint_files import inspect
@@ -63,21 +63,14 @@ def open_reference(
     Raises:
         RecipeError: naming what is missing or damaged of the folder's reference.
     """
-    model = recipe.model.model_copy(update={"routing_replay": "none"})
-    policy = build_policy(hf_config, model, recipe.parallel, runtime, frozen=True)
+    policy = frozen_policy(hf_config, recipe.model, recipe.parallel, runtime)
     kept = folder / FOLDER
     if start is not None:
-        for module, started in zip(policy.modules, start.modules, strict=True):
-            for (_, own, _), (_, theirs, _) in zip(
-                named_weights(module, hf_config), named_weights(started, hf_config), strict=True
-            ):
-                own.data.copy_(theirs.data)
+        copy_weights(start, policy)
         save_weights(kept, policy)
     else:
         if not runtime.broadcast_object(kept.is_dir()):
-            raise RecipeError(
-                f"{kept} is not there: the run that resumes needs the reference policy that it started with"
-            )
+            raise RecipeError(f"{kept} is not there: the run cannot go on without the reference policy of its start")
         if (problem := inspect(kept, runtime).problem) is not None:
             raise RecipeError(f"the reference policy is damaged: {problem}")
         load_policy_weights(kept, policy)
@@ -87,3 +80,16 @@ def open_reference(
         temperature=recipe.rollout.temperature,
         on_host=recipe.algorithm.reference_on_host,
     )
+
+
+def frozen_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel, runtime: Runtime) -> Policy:
+    """A policy without gradients, its weights unset; a mixture's routers choose for themselves."""
+    return build_policy(hf_config, model.model_copy(update={"routing_replay": "none"}), parallel, runtime, frozen=True)
+
+
+def copy_weights(source: Policy, target: Policy) -> None:
+    """Gives a policy of the same layout the weights of another, and the buffers that checkpoints hold."""
+    for theirs, ours in zip(source.modules, target.modules, strict=True):
+        of_both = zip(named_weights(theirs, source.hf_config), named_weights(ours, target.hf_config), strict=True)
+        for (_, value, _), (_, place, _) in of_both:
+            place.data.copy_(value.data)
