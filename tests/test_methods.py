@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from eapo_megatron.algorithms import LossInputs
 from eapo_megatron.cli import app
 from eapo_megatron.config import METHODS, RecipeError
 from eapo_megatron.config.methods import OfResponse
@@ -112,6 +114,38 @@ def test_a_printed_recipe_is_complete_by_itself(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("eapo_megatron.config.methods.METHODS", {name: {}})  # the table of another version
     assert yaml.safe_load(printed) == resolved(load_recipe(path))
     assert experiment(load_recipe(path)) == experiment(before)
+
+
+def test_eapo_without_alpha_is_grpo(tmp_path: Path) -> None:
+    """With the clip range, KL and sampling of EAPO, in value and gradient."""
+    alike = "algorithm: {loss: {eps_high: 0.28, kl_coef: 0}, dynamic_sampling_rounds: 4}\n"
+    algorithms, settings = {}, {}
+    for name, own in (("grpo", []), ("eapo", ["algorithm.shaping.alpha=1e-9"])):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"method: {name}\nmodel: {{path: m}}\ndata: {{task: arithmetic}}\n{alike}"
+        )
+        recipe = load_recipe(tmp_path / f"{name}.yaml", own)
+        algorithms[name], settings[name] = recipe.make_algorithm(), experiment(recipe)
+        for key in ("name", "algorithm.shaping"):
+            section, _, last = key.rpartition(".")
+            (at(settings[name], section) if section else settings[name]).pop(last)
+    assert settings["grpo"] == settings["eapo"]
+
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(8, 12, generator=generator) < 0.8
+    log_probs = -torch.rand(8, 12, generator=generator)
+    entropies, shift = torch.rand(8, 12, generator=generator), 0.3 * torch.randn(8, 12, generator=generator)
+    rewards = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
+    group_ids = torch.arange(2).repeat_interleave(4)
+    results = {}
+    for name, algorithm in algorithms.items():
+        advantages = algorithm.advantages(rewards, group_ids, mask, log_probs=log_probs, entropies=entropies)
+        current = (log_probs + shift).requires_grad_()
+        weights = algorithm.weights(mask, group_ids)
+        loss = algorithm.loss(LossInputs(current, log_probs, advantages, mask, weights=weights)).loss
+        results[name] = loss, torch.autograd.grad(loss, current)[0]
+    torch.testing.assert_close(results["eapo"], results["grpo"], rtol=0, atol=1e-6)
+    assert results["grpo"][1].abs().max() > 1e-3
 
 
 def test_the_name_is_no_part_of_the_experiment() -> None:

@@ -15,6 +15,7 @@ from eapo_megatron.algorithms import (
     AGGREGATIONS,
     KL_ESTIMATORS,
     QUADRANTS,
+    THRESHOLDS,
     LossInputs,
     LossSettings,
     ShapingInputs,
@@ -197,12 +198,19 @@ def test_grpo_loss_is_the_sum_of_the_quadrant_losses(batch: Batch, seed: int) ->
     )
     inputs = loss_inputs(batch, seed)
 
-    def loss_of(advantages: Tensor) -> float:
-        return policy_loss(replace(inputs, advantages=advantages), LossSettings()).loss.item()
+    assume_no_ratio_at_an_edge(inputs, LossSettings())
 
-    parts = [loss_of(shape_advantages("quadrant", shaping, only=[name])) for name in QUADRANTS]
-    sums, _, _ = reference_sums(inputs, LossSettings())
-    assert {"loss": math.fsum(parts)} == near({"loss": sums.get("loss", Sum())})
+    def loss_of(advantages: Tensor) -> tuple[float, Tensor]:
+        loss = policy_loss(replace(inputs, advantages=advantages), LossSettings()).loss
+        return loss.item(), torch.autograd.grad(loss, inputs.log_probs)[0].double()
+
+    for threshold in THRESHOLDS:
+        of_threshold = replace(shaping, quadrant_threshold=threshold)
+        parts = [loss_of(shape_advantages("quadrant", of_threshold, only=[name])) for name in QUADRANTS]
+        sums, gradient, size = reference_sums(inputs, LossSettings())
+        assert {"loss": math.fsum(loss for loss, _ in parts)} == near({"loss": sums.get("loss", Sum())})
+        total = sum(part for _, part in parts)
+        assert ((total - gradient).abs() <= ROUNDING * size).all()
 
 
 def test_gradient_with_respect_to_logits_is_that_of_equation_5() -> None:
