@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def recipe_of(tmp_path: Path, text: str, *overrides: str) -> dict[str, Any]:
 
 def test_the_methods_are_these() -> None:
     assert list(METHODS) == NAMES.split()
+
+
+def test_the_page_names_every_method_and_the_three_papers_called_hapo() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if "arxiv.org" in line or "Sec. 4.1 |" in line]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])} == set(METHODS)
+    for paper in ("2604.11056 v2", "2509.16591", "2603.11321"):
+        assert paper in page
 
 
 @pytest.mark.parametrize("name", METHODS)
