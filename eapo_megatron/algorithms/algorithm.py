@@ -30,7 +30,7 @@ from .losses import LOSSES, LossInputs
 from .policy_loss import LossOutputs, LossSettings, policy_loss_unchecked
 from .quadrants import quadrant_masks, quadrant_metrics, quadrant_statistics
 from .registry import check_known, check_number, choose, complete_options, default_options, read_by
-from .selection import SelectionInputs
+from .selection import SelectionInputs, selection_of
 from .shaping import ShapingInputs, shape_advantages, shaping_of
 from .thresholds import THRESHOLDS
 
@@ -47,6 +47,7 @@ class Needs:
     ref_log_probs: bool  # of the reference policy
     rollout_log_probs: bool  # as the rollout engine gave them
     selected: bool = False  # the tokens that the loss marks over an optimizer step: `Algorithm.selected`
+    draws: bool = False  # uniform numbers for that
     entropy_control: bool = False  # the entropy bonus changes from step to step: `Algorithm.adapted`
 
 
@@ -129,6 +130,7 @@ class Algorithm:
             ref_log_probs="ref_log_probs" in self.loss_settings.reads,
             rollout_log_probs=self.correction.is_on or "rollout_log_probs" in self.loss_settings.reads,
             selected="selected" in self.loss_settings.reads,
+            draws="draws" in read_by(selection_of(LOSSES[self.loss_settings.loss])),
             entropy_control=self.loss_settings.entropy_target > 0,
         )
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checks import check_finite, check_mask, check_tokens
+from .registry import reads
 from .top_tokens import top_tokens
 
 Loss = TypeVar("Loss", bound=Callable[..., Any])
@@ -35,13 +36,14 @@ class SelectionInputs:
     advantages: Tensor  # [N, T] float32 or float64, as the loss gets them
     log_probs: Tensor  # [N, T] float32 or float64, of the old or the current policy
     mask: Tensor  # [N, T] bool, the response tokens of this optimizer step
-    draws: Tensor  # [N, T] float32 in [0, 1), uniform: the same for a token wherever it is held
+    draws: Tensor | None = None  # [N, T] float32 in [0, 1), uniform: the same for a token wherever it is held
 
     def __post_init__(self) -> None:
         check_mask(self.mask)
         for name in ("advantages", "log_probs", "draws"):
-            check_tokens(name, getattr(self, name), self.mask)
-            check_finite(name, getattr(self, name), self.mask)
+            if (values := getattr(self, name)) is not None:
+                check_tokens(name, values, self.mask)
+                check_finite(name, values, self.mask)
 
 
 Selection = Callable[..., Tensor]  # fn(inputs, *, process_group, **options) -> bool [N, T]
@@ -84,6 +86,7 @@ def top_covariances(
     return top_tokens(values, inputs.mask, fraction=fraction, process_group=process_group)
 
 
+@reads("draws")
 def random_covariances(
     inputs: SelectionInputs,
     *,
@@ -97,6 +100,8 @@ def random_covariances(
     Drawn are the candidates with the largest draws, all of them where there are fewer. Four collectives.
     """
     _check_fraction(fraction)
+    if inputs.draws is None:
+        raise ValueError("draws are needed to choose tokens at random")
     if not covariance_low < covariance_high:
         raise ValueError(f"covariance_low must be less than covariance_high, got {covariance_low}, {covariance_high}")
     values = covariances(inputs, process_group=process_group)

@@ -147,25 +147,25 @@ class Run:
         so that the update is refused.
         """
         mask = batch.mask_of(rows)
-        advantages, log_probs = known.advantages, known.old_log_probs
-        assert advantages is not None
-        assert log_probs is not None
-        selected = torch.zeros_like(advantages) if algorithm.needs.selected else None
-        is_finite = True
+        data = replace(known, weights=algorithm.weights(mask, batch.group_ids))
+        log_probs = known.old_log_probs
         if self.recipe.algorithm.shaping_policy == "current":
             log_probs, entropies = self.worker.scores_before_update(batch, rows)
-            is_finite = bool(torch.isfinite(log_probs).all() & torch.isfinite(entropies).all())
-            advantages = (
-                algorithm.advantages(batch.rewards, batch.group_ids, mask, log_probs=log_probs, entropies=entropies)
-                if is_finite
-                else torch.full_like(advantages, torch.nan)
+            if not bool(torch.isfinite(log_probs).all() & torch.isfinite(entropies).all()):
+                unknown = torch.full_like(log_probs, torch.nan)
+                return replace(data, advantages=unknown, selected=unknown)
+            shaped = algorithm.advantages(
+                batch.rewards, batch.group_ids, mask, log_probs=log_probs, entropies=entropies
             )
-        if algorithm.needs.selected and is_finite:
+            data = replace(data, advantages=shaped)
+        if algorithm.needs.selected:
+            assert data.advantages is not None
+            assert log_probs is not None
             number = self.progress.optimizer_steps + self.progress.skipped_updates
-            draws = uniform_draws(self.recipe.seed, number, mask.shape, mask.device)
-            selected = algorithm.selected(SelectionInputs(advantages, log_probs, mask, draws))
-        weights = algorithm.weights(mask, batch.group_ids)
-        return replace(known, weights=weights, advantages=advantages, selected=selected)
+            draws = uniform_draws(self.recipe.seed, number, mask.shape, mask.device) if algorithm.needs.draws else None
+            inputs = SelectionInputs(data.advantages, log_probs, mask, draws)
+            data = replace(data, selected=algorithm.selected(inputs))
+        return data
 
     def count(self, *, applied: bool, where: str = "a loss or gradient") -> None:
         """Counts an optimizer step, or one that was skipped because `where` had NaN or Inf.

@@ -75,6 +75,7 @@ def test_defaults_are_the_papers() -> None:
         ({"shaping": {"name": "none"}}, Needs(False, False, False, False)),
         ({"loss": {"kl_coef": 0.1}}, Needs(True, False, True, False)),
         ({"loss": {"name": "kl_cov"}}, Needs(True, False, False, False, selected=True)),
+        ({"loss": {"name": "clip_cov"}}, Needs(True, False, False, False, selected=True, draws=True)),
         ({"loss": {"entropy_target": 0.2}}, Needs(True, False, False, False, entropy_control=True)),
         ({"shaping": {"name": "none"}, "loss": {"entropy_coef": -0.1}}, Needs(False, True, False, False)),
     ],
