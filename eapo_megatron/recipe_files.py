@@ -45,13 +45,13 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except _NOT_READ as error:
         raise RecipeError(f"{path}: {_sentence(error)}") from error
     assert isinstance(container, dict)
-    container.setdefault("name", path.stem)
-    if container.get("method") is not None:
+    resolved = {"name": path.stem, **{str(key): value for key, value in container.items()}}
+    if resolved.get("method") is not None:
         try:
-            container = _merged(method_settings(container), container)
+            resolved = _merged(method_settings(resolved), resolved)
         except ValueError as error:
             raise RecipeError(f"{path}: method: {error}") from error
-    return parse_recipe({str(key): value for key, value in container.items()}, source=str(path))
+    return parse_recipe(resolved, source=str(path))
 
 
 def find_recipe(name: str | Path, *, folder: Path = Path(), what: str = "recipe") -> Path:

@@ -13,10 +13,14 @@ from fractions import Fraction
 from typing import Any
 
 from eapo_megatron.config.experience import Rollout
+from eapo_megatron.config.section import Section
 from eapo_megatron.config.training import Loss, Shaping
 
 SHAPING, LOSS, SAMPLING = "algorithm.shaping", "algorithm.loss", "algorithm.dynamic_sampling_rounds"
-CHOICES = {SHAPING: Shaping, LOSS: Loss}  # sections whose name chooses a function, which has options of its own
+CHOICES: dict[str, type[Section]] = {
+    SHAPING: Shaping,
+    LOSS: Loss,
+}  # sections whose name chooses a function, which has options of its own
 
 
 @dataclass(frozen=True)

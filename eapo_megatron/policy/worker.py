@@ -166,7 +166,7 @@ class PolicyWorker:
     ) -> list[dict[str, Tensor]]:
         """All micro-batches through Megatron's schedule; `consume(micro, outputs [2, M])` runs on the last stage."""
 
-        chunks = self.policy.chunks
+        chunks: Sequence[torch.nn.Module] = self.policy.chunks
 
         def forward_step(
             micro_iterator: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module

@@ -61,7 +61,9 @@ def test_quadrant_losses_and_gradients_sum_to_grpos(name: str, measured: Measure
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_reference_policy_is_the_policy_of_the_start(name: str, measured: Measured) -> None:
     found = measured(name)["methods"]
-    assert torch.equal(found["reference"], found["at start"])
+    assert found["same weights"]
+    # Products of the same numbers at other addresses round in another order.
+    torch.testing.assert_close(found["reference"], found["at start"], rtol=1e-5, atol=1e-5)
     assert not found["holds gradients"]
     torch.testing.assert_close(found["reference"], measured("single")["methods"]["reference"], rtol=1e-4, atol=1e-5)
     assert found["grpo"]["metrics"]["loss/kl"] > 0.1  # the weights of the two differ

@@ -17,6 +17,7 @@ from eapo_megatron.policy.reference import Reference, copy_weights, frozen_polic
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.weights.huggingface import HuggingFaceWeights, RandomWeights
 from eapo_megatron.weights.load import load_weights
+from eapo_megatron.weights.parameters import named_weights
 from layouts import MODELS, TEMPERATURE, Layout, old_policy_offsets, training_batch
 
 ROWS = (0, 1, 2, 3, 8, 9, 11)  # of two groups: the optimizer step is not the batch
@@ -37,9 +38,11 @@ def measured(
     frozen = frozen_policy(policy.hf_config, model, parallel, policy.runtime)
     copy_weights(policy, frozen)
     reference = Reference(frozen, on_host=True, **settings)  # type: ignore[arg-type]
+    same_weights = all(map(torch.equal, _weights(policy), _weights(frozen)))
     at_start, _ = worker.log_probs_and_entropies(batch)
     load_weights(policy.modules, policy.hf_config, HuggingFaceWeights(model.path))
     results: dict[str, Any] = {"at start": at_start, "reference": reference.log_probs(batch)}
+    results["same weights"] = all(policy.runtime.gather_objects(same_weights))
     scores = worker.log_probs_and_entropies(batch)
     of_rows = worker.scores_before_update(batch, ROWS)
     inside = batch.mask_of(ROWS)
@@ -48,6 +51,10 @@ def measured(
     for name in METHODS:
         results[name] = gradients_of(name, worker, batch, scores, results["reference"], complete_gradients)
     return results
+
+
+def _weights(policy: Policy) -> list[Tensor]:
+    return [tensor for module in policy.modules for _, tensor, _ in named_weights(module, policy.hf_config)]
 
 
 def gradients_of(
