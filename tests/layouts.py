@@ -177,7 +177,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP2, Adam": Layout(2, TP2, optimizer="adam", resumes=True),
     "TP2, Adam, distributed optimizer": Layout(2, TP2 | SHARDED, optimizer="adam", resumes=True),
     "TP2 PP2": Layout(4, TP2 | PP2, micro_batch_size=1, rollouts=True, methods=True),
-    "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, rollouts=True),
+    "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, rollouts=True, methods=True),
     "DP2 PP2 VPP2": Layout(4, PP2 | VPP2),
     "DP2 TP2 SP, Adam": Layout(4, TP2 | SP, optimizer="adam"),
     "DP2 TP2 SP, Adam, distributed optimizer": Layout(4, TP2 | SP | SHARDED, optimizer="adam"),

@@ -17,10 +17,8 @@ from eapo_megatron.config.section import Section
 from eapo_megatron.config.training import Loss, Shaping
 
 SHAPING, LOSS, SAMPLING = "algorithm.shaping", "algorithm.loss", "algorithm.dynamic_sampling_rounds"
-CHOICES: dict[str, type[Section]] = {
-    SHAPING: Shaping,
-    LOSS: Loss,
-}  # sections whose name chooses a function, which has options of its own
+# Sections whose name chooses a function, which has options of its own.
+CHOICES: dict[str, type[Section]] = {SHAPING: Shaping, LOSS: Loss}
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,9 @@ def test_what_methods_keep_survives_a_resume_bit_for_bit(arithmetic: Path, tmp_p
     for name, value in lines[4].items():
         assert metrics(moved, first_step=4)[0][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     shutil.rmtree(moved / "checkpoints" / "step_000004")
+    file = next((moved / "reference").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert "the reference policy is damaged: " in train(arithmetic, *overrides, expect=2)
     shutil.rmtree(moved / "reference")
     said = train(arithmetic, *overrides, expect=2)
     assert f"{moved / 'reference'} is not there: the run cannot go on without the reference policy" in said
