@@ -58,6 +58,7 @@ TokenLoss = tuple[Tensor, dict[str, Tensor]]  # per-token loss [N, T], per-token
 def clipped_surrogate(inputs: LossInputs, *, eps_low: float = 0.2, eps_high: float = 0.28) -> TokenLoss:
     """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = pi / pi_old (EAPO, arXiv 2604.11056, Eq. 2).
 
+    eps_high > eps_low is DAPO's clip-higher (arXiv 2503.14476); GRPO (arXiv 2402.03300) has both at 0.2.
     Metrics: where clipping takes the gradient away ("clip_fraction/low", "clip_fraction/high"), the ratio, and the k3
     estimate of KL(pi_old || pi) in nats.
     """
