@@ -22,6 +22,7 @@ from eapo_megatron.launcher import check_devices, rank_environment, run_local_ra
 from eapo_megatron.recipe_files import built_in_recipes, copy_recipe, load_recipe
 from eapo_megatron.rollout.vllm_release import check_addresses
 from eapo_megatron.run_lock import RunLock, check_unlocked
+from eapo_megatron.saved_recipe import resolved
 from eapo_megatron.slurm import job_folder, job_script, submit_job
 from eapo_megatron.stopping import InterruptedRunError, StopRequest, TrainingStoppedError
 
@@ -59,7 +60,7 @@ def train(
         return
     settings = load_recipe(recipe, overrides)
     if dry_run:
-        print(OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json"))), end="")
+        print(OmegaConf.to_yaml(OmegaConf.create(resolved(settings))), end="")
         return
     if settings.cluster.num_nodes > 1:
         raise RecipeError(f"{recipe}: cluster.num_nodes {settings.cluster.num_nodes} needs srun or torchrun")

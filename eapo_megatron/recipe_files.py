@@ -1,8 +1,8 @@
 """Recipe files: one YAML file a run, inheriting a base, read into the typed settings of `config`.
 
 A recipe names its parent by `defaults: base.yaml` and holds overrides only. Dotted overrides (`optimizer.lr=1e-6`)
-come last. Recipes are found by path, and the built-in ones by name. Every error is one sentence that names the recipe
-and the key.
+come last; the settings of `method` are below all others. Recipes are found by path, and the built-in ones by name.
+Every error is one sentence that names the recipe and the key.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from eapo_megatron.config import Recipe, RecipeError
+from eapo_megatron.config.methods import method_settings
 
 BUILT_IN = Path(__file__).parent / "recipes"
 RENAMED = {"data.layout": "data.format"}  # keys of older recipes: their names of today
@@ -44,8 +45,13 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except _NOT_READ as error:
         raise RecipeError(f"{path}: {_sentence(error)}") from error
     assert isinstance(container, dict)
-    container.setdefault("name", path.stem)
-    return parse_recipe({str(key): value for key, value in container.items()}, source=str(path))
+    resolved = {"name": path.stem, **{str(key): value for key, value in container.items()}}
+    if resolved.get("method") is not None:
+        try:
+            resolved = _merged(method_settings(resolved), resolved)
+        except ValueError as error:
+            raise RecipeError(f"{path}: method: {error}") from error
+    return parse_recipe(resolved, source=str(path))
 
 
 def find_recipe(name: str | Path, *, folder: Path = Path(), what: str = "recipe") -> Path:

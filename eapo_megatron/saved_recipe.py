@@ -22,7 +22,25 @@ _RENAMED_SINCE_1 = {"optimizer.distributed": "parallel.use_distributed_optimizer
 
 def saved_form(recipe: Recipe) -> dict[str, Any]:
     """What recipe.json holds."""
-    return {"version": VERSION, "recipe": recipe.model_dump(mode="json")}
+    return {"version": VERSION, "recipe": resolved(recipe)}
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Every key of the recipe, with the options of its shaping, loss and correction that it leaves out.
+
+    So it does not change with the table of methods, or with the defaults of a later version.
+    """
+    settings = recipe.model_dump(mode="json")
+    algorithm = recipe.make_algorithm()
+    for part, options in (
+        ("loss", algorithm.loss_settings.options),
+        ("shaping", algorithm.shaping_options),
+        ("correction", algorithm.correction.options),
+    ):
+        settings["algorithm"][part] |= {
+            name: list(value) if isinstance(value, tuple) else value for name, value in options.items()
+        }
+    return settings
 
 
 def read_saved_recipe(path: Path) -> Recipe:
@@ -74,8 +92,8 @@ def experiment(recipe: Recipe) -> dict[str, Any]:
 
     How long, on what layout and with what records a run goes may differ between its parts.
     """
-    settings = recipe.model_dump(mode="json")
-    for free in ("cluster", "parallel", "logging", "checkpoint", "evaluation"):
+    settings = resolved(recipe)  # an option that is left out is one with its default
+    for free in ("method", "cluster", "parallel", "logging", "checkpoint", "evaluation"):
         del settings[free]
     for section, key in (
         ("train", "steps"),
@@ -86,12 +104,10 @@ def experiment(recipe: Recipe) -> dict[str, Any]:
         ("rollout", "verify_weights"),
         ("reward", "num_workers"),
         ("model", "recompute"),
+        ("algorithm", "reference_on_host"),
     ):
         del settings[section][key]
     del settings["model"]["head"]["backend"]
-    algorithm = recipe.make_algorithm()  # an option that is left out is one with its default
-    settings["algorithm"]["loss"] |= algorithm.loss_settings.options
-    settings["algorithm"]["shaping"] |= algorithm.shaping_options
     # The optimizer's state has another form on disk.
     settings["parallel"] = {"use_distributed_optimizer": recipe.parallel.use_distributed_optimizer}
     return settings

@@ -131,6 +131,7 @@ class Layout:
     recompute: str = "none"
     head: str | None = None
     rollouts: bool = False
+    methods: bool = False
     resumes: bool = False
     continues: str | None = None  # a layout that `resumes`, of the same launch: loads the checkpoint that it saved
 
@@ -143,7 +144,7 @@ UNEVEN = {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_
 SHARDED = {"use_distributed_optimizer": True}
 
 LAYOUTS: dict[str, Layout] = {
-    "single": Layout(1, rollouts=True),
+    "single": Layout(1, rollouts=True, methods=True),
     "single, micro-batch 1": Layout(1, micro_batch_size=1),
     "single, full recompute": Layout(1, recompute="full"),
     "single, selective recompute": Layout(1, recompute="selective"),
@@ -155,28 +156,28 @@ LAYOUTS: dict[str, Layout] = {
     "single, SGD": Layout(1, resumes=True),
     "single, SGD without momentum": Layout(1, optimizer="plain sgd", resumes=True),
     "single, Adam, distributed optimizer": Layout(1, SHARDED, optimizer="adam", resumes=True),
-    "TP2": Layout(2, TP2, rollouts=True),
+    "TP2": Layout(2, TP2, rollouts=True, methods=True),
     "TP2, one kv head": Layout(2, TP2, model="one kv head", rollouts=True),
     "TP2, untied": Layout(2, TP2, model="untied", micro_batch_size=1),
     "TP2 SP": Layout(2, TP2 | SP, rollouts=True),
     "TP2 SP, logits": Layout(2, TP2 | SP, model="untied", head="logits"),
     "TP2 SP, full recompute": Layout(2, TP2 | SP, recompute="full"),
-    "PP2": Layout(2, PP2, rollouts=True),
+    "PP2": Layout(2, PP2, rollouts=True, methods=True),
     "PP2, micro-batch 1": Layout(2, PP2, micro_batch_size=1),
     "PP2, full recompute": Layout(2, PP2, recompute="full"),
     "PP2, uneven": Layout(2, PP2 | UNEVEN, micro_batch_size=1, rollouts=True),
     "PP2, uneven, untied": Layout(2, PP2 | UNEVEN, model="untied"),
     "PP2 VPP2": Layout(2, PP2 | VPP2, rollouts=True),
     "PP2 VPP2, micro-batch 1": Layout(2, PP2 | VPP2, model="untied", micro_batch_size=1),
-    "DP2": Layout(2),
+    "DP2": Layout(2, methods=True),
     "DP2, micro-batch 1": Layout(2, micro_batch_size=1),
     "DP2, Adam": Layout(2, optimizer="adam"),
     "DP2, Adam, distributed optimizer": Layout(2, SHARDED, optimizer="adam", resumes=True),
     "DP2, Adam, distributed optimizer, bfloat16": Layout(2, SHARDED, optimizer="adam", dtype="bfloat16", resumes=True),
     "TP2, Adam": Layout(2, TP2, optimizer="adam", resumes=True),
     "TP2, Adam, distributed optimizer": Layout(2, TP2 | SHARDED, optimizer="adam", resumes=True),
-    "TP2 PP2": Layout(4, TP2 | PP2, micro_batch_size=1, rollouts=True),
-    "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, rollouts=True),
+    "TP2 PP2": Layout(4, TP2 | PP2, micro_batch_size=1, rollouts=True, methods=True),
+    "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, rollouts=True, methods=True),
     "DP2 PP2 VPP2": Layout(4, PP2 | VPP2),
     "DP2 TP2 SP, Adam": Layout(4, TP2 | SP, optimizer="adam"),
     "DP2 TP2 SP, Adam, distributed optimizer": Layout(4, TP2 | SP | SHARDED, optimizer="adam"),

@@ -52,10 +52,8 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
         ("algorithm.loss.eps_high=-0.1", "algorithm.loss.eps_high must be positive and finite, got -0.1"),
         ("algorithm.loss.eps_hihg=0.3", "algorithm.loss.eps_hihg is not a key of the loss 'clipped_surrogate' (did"),
         ("algorithm.loss.name=ppo", "algorithm.loss.name must be one of clipped_surrogate"),
-        (
-            "algorithm.loss.kl_coef=0.1",
-            "algorithm.loss needs a reference policy, which the training loop does not have",
-        ),
+        ("algorithm.loss.kl_coef=-0.1", "algorithm.loss.kl_coef must be finite and not negative, got -0.1"),
+        ("algorithm.quadrant_threshold=median", "algorithm.quadrant_threshold must be one of mean, q25, q50, q75, km"),
         (
             "reward.overlong.buffer_tokens=4000",
             "reward.overlong.buffer_tokens 4000 exceeds rollout.max_response_tokens 3072",

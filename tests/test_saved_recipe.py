@@ -11,7 +11,14 @@ import pytest
 from eapo_megatron import recipe_files
 from eapo_megatron.config import Recipe, RecipeError, Rollout
 from eapo_megatron.recipe_files import parse_recipe
-from eapo_megatron.saved_recipe import RECIPE_FILE, check_run_folder, experiment, read_saved_recipe, saved_form
+from eapo_megatron.saved_recipe import (
+    RECIPE_FILE,
+    check_run_folder,
+    experiment,
+    read_saved_recipe,
+    resolved,
+    saved_form,
+)
 
 SETTINGS: dict[str, Any] = {
     "name": "run",
@@ -120,7 +127,7 @@ def test_a_file_of_today_is_the_whole_recipe(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, rollout={"stop_token_ids": [3], "top_p": 0.95}, evaluation={"every": 7})
     path = tmp_path / RECIPE_FILE
     path.write_text(json.dumps(saved_form(recipe)))
-    assert read_saved_recipe(path) == recipe
+    assert resolved(read_saved_recipe(path)) == resolved(recipe)
     path.write_text(json.dumps({**saved_form(recipe), "version": 3}))
     with pytest.raises(RecipeError, match=r"recipe\.json has format version 3, this eapo_megatron reads up to 2"):
         read_saved_recipe(path)

@@ -10,18 +10,13 @@ from .advantages import ESTIMATORS, group_advantages, min_group_size
 from .aggregation import AGGREGATIONS, loss_weights
 from .algorithm import SECTION_KEYS, Algorithm, Needs
 from .corrections import CORRECTIONS, Correction, kept_mass_metrics, mismatch_metrics
-from .policy_loss import (
-    KL_ESTIMATORS,
-    LOSSES,
-    LossInputs,
-    LossOutputs,
-    LossSettings,
-    policy_loss,
-    policy_loss_unchecked,
-)
+from .losses import KL_ESTIMATORS, LOSSES, LossInputs
+from .policy_loss import LossOutputs, LossSettings, policy_loss, policy_loss_unchecked
 from .quadrants import QUADRANTS, quadrant_masks, quadrant_metrics, quadrant_statistics
 from .registry import reads
+from .selection import SelectionInputs, uniform_draws
 from .shaping import SHAPINGS, ShapingInputs, eapo_advantages, shape_advantages
+from .thresholds import THRESHOLDS
 
 __all__ = [
     "AGGREGATIONS",
@@ -32,12 +27,14 @@ __all__ = [
     "QUADRANTS",
     "SECTION_KEYS",
     "SHAPINGS",
+    "THRESHOLDS",
     "Algorithm",
     "Correction",
     "LossInputs",
     "LossOutputs",
     "LossSettings",
     "Needs",
+    "SelectionInputs",
     "ShapingInputs",
     "eapo_advantages",
     "group_advantages",
@@ -52,4 +49,5 @@ __all__ = [
     "quadrant_statistics",
     "reads",
     "shape_advantages",
+    "uniform_draws",
 ]

@@ -6,6 +6,7 @@ It is built from a section of a recipe, or of another trainer's configuration:
     shaping: {name: eapo, alpha: 0.2, phi: 2.0}
     loss: {name: clipped_surrogate, eps_low: 0.2, eps_high: 0.28, aggregation: token_mean, kl_coef: 0.0}
     correction: {name: none, veto: 0.0}
+    quadrant_threshold: mean
 
 `shaping`, `loss` and `correction` take the options of the chosen function by name: a new method changes nothing here.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,12 +26,16 @@ from torch import Tensor
 from .advantages import ESTIMATORS, group_advantages, min_group_size
 from .aggregation import loss_weights
 from .corrections import CORRECTIONS, Correction
-from .policy_loss import LOSSES, LossInputs, LossOutputs, LossSettings, policy_loss_unchecked
+from .losses import LOSSES, LossInputs
+from .policy_loss import LossOutputs, LossSettings, policy_loss_unchecked
 from .quadrants import quadrant_masks, quadrant_metrics, quadrant_statistics
 from .registry import check_known, check_number, choose, complete_options, default_options, read_by
+from .selection import SelectionInputs, selection_of
 from .shaping import ShapingInputs, shape_advantages, shaping_of
+from .thresholds import THRESHOLDS
 
-SECTION_KEYS = ("advantage_estimator", "shaping", "loss", "correction")
+PARTS = ("shaping", "loss", "correction")
+SECTION_KEYS = ("advantage_estimator", *PARTS, "quadrant_threshold")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class Needs:
     entropy_grad: bool  # the current policy's entropies with their gradient, for the loss
     ref_log_probs: bool  # of the reference policy
     rollout_log_probs: bool  # as the rollout engine gave them
+    selected: bool = False  # the tokens that the loss marks over an optimizer step: `Algorithm.selected`
+    draws: bool = False  # uniform numbers for that
+    entropy_control: bool = False  # the entropy bonus changes from step to step: `Algorithm.adapted`
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,11 @@ class Algorithm:
     loss_settings: LossSettings = field(default_factory=LossSettings)
     positive_threshold: float = 0.0  # a response is correct when its reward exceeds it
     correction: Correction = field(default_factory=Correction)
+    quadrant_threshold: str = "mean"  # where high entropy begins, for the quadrants: a name of `thresholds`
 
     def __post_init__(self) -> None:
         choose("advantage_estimator", self.advantage_estimator, ESTIMATORS)
+        choose("quadrant_threshold", self.quadrant_threshold, THRESHOLDS)
         shaping = shaping_of(self.shaping)
         check_number("positive_threshold", self.positive_threshold)
         if not math.isfinite(self.positive_threshold):
@@ -88,7 +98,7 @@ class Algorithm:
             for name in section:
                 check_known(name, SECTION_KEYS, "the algorithm")
         parts = {}
-        for name in SECTION_KEYS[1:]:
+        for name in PARTS:
             part = section.get(name, {})
             if not isinstance(part, Mapping):
                 raise ValueError(f"{key}.{name} must be a mapping of name and options, got {part!r}")
@@ -96,7 +106,9 @@ class Algorithm:
         shaping, loss, correction = parts["shaping"], parts["loss"], parts["correction"]
         estimator = section.get("advantage_estimator", "grpo")
         shaping_name, loss_name = shaping.pop("name", "eapo"), loss.pop("name", "clipped_surrogate")
+        threshold = section.get("quadrant_threshold", "mean")
         choose(f"{key}.advantage_estimator", estimator, ESTIMATORS)
+        choose(f"{key}.quadrant_threshold", threshold, THRESHOLDS)
         shaping_options = default_options(shaping_of(shaping_name, key=f"{key}.shaping.name"))
         loss_options = default_options(choose(f"{key}.loss.name", loss_name, LOSSES))
         correction_name = correction.pop("name", "none")
@@ -107,7 +119,7 @@ class Algorithm:
         with _named(f"{key}.correction", {"veto", *correction, *correction_options}):
             correct = Correction(correction_name, correction.pop("veto", 0.0), correction)
         with _named(f"{key}.shaping", {*shaping, *shaping_options}):
-            return cls(estimator, shaping_name, shaping, settings, positive_threshold, correct)
+            return cls(estimator, shaping_name, shaping, settings, positive_threshold, correct, threshold)
 
     @property
     def needs(self) -> Needs:
@@ -117,6 +129,9 @@ class Algorithm:
             entropy_grad="entropies" in self.loss_settings.reads,
             ref_log_probs="ref_log_probs" in self.loss_settings.reads,
             rollout_log_probs=self.correction.is_on or "rollout_log_probs" in self.loss_settings.reads,
+            selected="selected" in self.loss_settings.reads,
+            draws="draws" in read_by(selection_of(LOSSES[self.loss_settings.loss])),
+            entropy_control=self.loss_settings.entropy_target > 0,
         )
 
     def check_group_size(self, size: int, *, key: str) -> None:
@@ -170,6 +185,7 @@ class Algorithm:
             rewards=rewards,
             log_probs=log_probs,
             positive_threshold=self.positive_threshold,
+            quadrant_threshold=self.quadrant_threshold,
         )
         return shape_advantages(self.shaping, inputs, process_group=process_group, **self.shaping_options)
 
@@ -177,7 +193,22 @@ class Algorithm:
         self, mask: Tensor, group_ids: Tensor | None, *, process_group: dist.ProcessGroup | None = None
     ) -> Tensor:
         """Each token's share of the loss denominator, float32 [N, T]; see `loss_weights`."""
-        return loss_weights(mask, group_ids, aggregation=self.loss_settings.aggregation, process_group=process_group)
+        return loss_weights(
+            mask,
+            group_ids,
+            aggregation=self.loss_settings.aggregation,
+            aggregation_length=self.loss_settings.aggregation_length,
+            process_group=process_group,
+        )
+
+    def selected(self, inputs: SelectionInputs, *, process_group: dist.ProcessGroup | None = None) -> Tensor | None:
+        """What the loss marks among the tokens of an optimizer step; None: nothing. See `LossSettings.selected`."""
+        return self.loss_settings.selected(inputs, process_group=process_group)
+
+    def adapted(self, coefficient: float, entropy: float) -> tuple[Algorithm, float]:
+        """The algorithm of a step with this mean token entropy; see `LossSettings.adapted`."""
+        settings, following = self.loss_settings.adapted(coefficient, entropy)
+        return self if settings is self.loss_settings else replace(self, loss_settings=settings), following
 
     def corrections(self, old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> Tensor | None:
         """What multiplies each token's loss, float32 [N, T]; None where no correction is chosen. See `Correction`."""
@@ -195,7 +226,14 @@ class Algorithm:
         The tensors are those of `advantages`; `advantages` is its result.
         """
         tokens = max(int(mask.sum()), 1)
-        quadrants = quadrant_masks(rewards, entropies, mask, group_ids, positive_threshold=self.positive_threshold)
+        quadrants = quadrant_masks(
+            rewards,
+            entropies,
+            mask,
+            group_ids,
+            threshold=self.quadrant_threshold,
+            positive_threshold=self.positive_threshold,
+        )
         return {
             "entropy/mean": float(torch.where(mask, entropies, 0.0).sum(dtype=torch.float64)) / tokens,
             "advantage/mean_abs": float(torch.where(mask, advantages, 0.0).abs().sum(dtype=torch.float64)) / tokens,

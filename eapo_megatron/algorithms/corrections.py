@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_mask, check_tokens
-from .policy_loss import MAX_LOG_RATIO, kl_k3
+from .losses import MAX_LOG_RATIO, kl_k3
 from .registry import check_number, choose, complete_options
 
 BAND = (0.5, 2.0)  # of the metric that counts ratios outside of it

@@ -76,7 +76,7 @@ def merge_responses(
     rows = torch.cat([group_ids[:, None], summaries.view(torch.int64)], dim=1)
     # Merged on the CPU in the order of ranks: the additions of a GPU's index_add come in any order, and all ranks must
     # obtain the same bits. The table is small, 32 bytes a response.
-    rows = _gather_rows(rows, process_group).cpu()
+    rows = gather_rows(rows, process_group).cpu()
     ids, group = torch.unique(rows[:, 0], return_inverse=True)
     counts, means, deviations = rows[:, 1:].contiguous().view(torch.float64).unbind(dim=1)
 
@@ -99,7 +99,7 @@ def merge_responses(
     )
 
 
-def _gather_rows(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+def gather_rows(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     """All ranks' rows [N_rank, C] in the order of ranks, padded with rows of count 0, which change no statistic."""
     if process_group is None:
         return rows

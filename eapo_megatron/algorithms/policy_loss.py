@@ -4,55 +4,28 @@
 
 c are the weights of a correction for the sampler's mismatch, 1 without one (`corrections`). w comes from `loss_weights`
 over the optimizer step, so losses, gradients and metrics of micro-batches and ranks add up to the global mean.
-Log-ratios are clamped to [-20, 20] before exp, as frameworks do: exp(20) is finite in float32 with room to be
-multiplied, and a token so far off the policy it was sampled from gets no gradient.
-A new loss is one function and one line in `LOSSES`; its keyword arguments are its options, and `reads("ref_log_probs")`
-says that it needs a field that may be None. It sees 0 at masked positions, whatever they held.
+
+With an entropy target the coefficient of the bonus adapts (Skywork-OR1, arXiv 2505.22312): a step whose mean token
+entropy is H_k has entropy_coef c_k where H_k <= entropy_target and 0 elsewhere, and the next one has
+c_k + entropy_coef_step sign(entropy_target - H_k), at least 0. c is the run's state: see `adapted`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .aggregation import AGGREGATIONS, loss_weights
-from .checks import check_finite, check_group_ids, check_mask, check_tokens
-from .registry import check_number, choose, complete_options, read_by
-
-MAX_LOG_RATIO = 20.0
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """Tensors of one micro-batch. Construction raises ValueError naming a field of wrong shape or dtype."""
-
-    log_probs: Tensor  # [N, T] float32, current policy, with gradient
-    old_log_probs: Tensor  # [N, T] float32, the policy that sampled the tokens
-    advantages: Tensor  # [N, T] float32
-    mask: Tensor  # [N, T] bool, response tokens; other positions may hold anything, NaN included
-    group_ids: Tensor | None = None  # [N] int64, for weights of group_token_mean
-    entropies: Tensor | None = None  # [N, T] float32, nats, current policy, with gradient; for entropy_coef
-    ref_log_probs: Tensor | None = None  # [N, T] float32, reference policy; for kl_coef
-    weights: Tensor | None = None  # [N, T] float32, from loss_weights; None: of this micro-batch alone
-    rollout_log_probs: Tensor | None = None  # [N, T] float32, the rollout engine's; for losses that read them
-    corrections: Tensor | None = None  # [N, T] float32, multiply the chosen loss; None: 1
-
-    def __post_init__(self) -> None:
-        check_mask(self.mask)
-        if self.group_ids is not None:
-            check_group_ids(self.group_ids, len(self.mask))
-        for name, values in self.token_fields().items():
-            check_tokens(name, values, self.mask)
-
-    def token_fields(self) -> dict[str, Tensor]:
-        """The [N, T] numbers that are present, by field name."""
-        names = [field.name for field in fields(self) if field.name not in ("mask", "group_ids")]
-        return {name: values for name in names if (values := getattr(self, name)) is not None}
+from .aggregation import AGGREGATIONS, check_length, loss_weights
+from .checks import check_finite
+from .losses import KL_ESTIMATORS, LOSSES, LossInputs
+from .registry import check_number, choose, complete_options, default_options, read_by
+from .selection import SelectionInputs, selection_of
 
 
 @dataclass(frozen=True, init=False)
@@ -68,9 +41,12 @@ class LossSettings:
 
     loss: str
     aggregation: str
+    aggregation_length: int
     kl_coef: float
     kl_estimator: str
     entropy_coef: float
+    entropy_target: float  # nats; 0: the coefficient is fixed
+    entropy_coef_step: float
     options: dict[str, Any]  # of this loss, complete
 
     def __init__(
@@ -78,32 +54,43 @@ class LossSettings:
         loss: str = "clipped_surrogate",
         *,
         aggregation: str = "token_mean",
+        aggregation_length: int = 1,
         kl_coef: float = 0.0,
         kl_estimator: str = "k3",
         entropy_coef: float = 0.0,
+        entropy_target: float = 0.0,
+        entropy_coef_step: float = 0.005,
         options: Mapping[str, Any] | None = None,
         **named_options: Any,
     ) -> None:
         function = choose("loss", loss, LOSSES)
         choose("aggregation", aggregation, AGGREGATIONS)
         choose("kl_estimator", kl_estimator, KL_ESTIMATORS)
-        for name, value in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
+        not_negative = {"kl_coef": kl_coef, "entropy_target": entropy_target, "entropy_coef_step": entropy_coef_step}
+        for name, value in {**not_negative, "entropy_coef": entropy_coef}.items():
             check_number(name, value)
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
-        if kl_coef < 0:
-            raise ValueError(f"kl_coef must be finite and not negative, got {kl_coef}")
+            if name in not_negative and value < 0:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if entropy_target > 0 > entropy_coef:
+            raise ValueError(f"entropy_coef must not be negative with an entropy_target, got {entropy_coef}")
+        check_length(aggregation_length)
         given = {**(options or {}), **named_options}
         complete = complete_options(f"the loss {loss!r}", function, given, beside=self.shared_names())
         vars(self).update(  # frozen: not by assignment
             loss=loss,
             aggregation=aggregation,
+            aggregation_length=aggregation_length,
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             entropy_coef=entropy_coef,
+            entropy_target=entropy_target,
+            entropy_coef_step=entropy_coef_step,
             options=complete,
         )
         one = torch.ones(1, 1)
+        self.selected(SelectionInputs(one, one, one.bool(), draws=one))
         function(LossInputs(one, one, one, one.bool(), **dict.fromkeys(self.reads, one)), **complete)
 
     @classmethod
@@ -117,6 +104,37 @@ class LossSettings:
         of_settings = {"ref_log_probs": self.kl_coef, "entropies": self.entropy_coef}
         return read_by(LOSSES[self.loss]) | {name for name, coefficient in of_settings.items() if coefficient != 0}
 
+    def selected(self, inputs: SelectionInputs, *, process_group: dist.ProcessGroup | None = None) -> Tensor | None:
+        """The tokens that this loss marks over an optimizer step and its ranks, float32 [N, T] of 0 and 1; or None."""
+        selection = selection_of(LOSSES[self.loss])
+        if selection is None:
+            return None
+        own = {name: self.options[name] for name in default_options(selection)}
+        return selection(inputs, process_group=process_group, **own).float()
+
+    def means(self, metrics: Mapping[str, float], weights: Tensor) -> dict[str, float]:
+        """The metrics of `policy_loss`, summed over an optimizer step, as means over its tokens.
+
+        weights: float32 [N, T], of all of the step's tokens. Sums are means already where weights add up to 1. Terms of
+        the loss ("loss/...") stay the sums that they are.
+        """
+        if self.aggregation != "seq_mean_token_sum":
+            return dict(metrics)
+        total = float(weights.sum(dtype=torch.float64))
+        return {name: value if name.startswith("loss/") else value / total for name, value in metrics.items()}
+
+    def adapted(self, coefficient: float, entropy: float) -> tuple[LossSettings, float]:
+        """The settings of a step with this mean token entropy (nats), and the next step's `coefficient`.
+
+        coefficient: c_k, `entropy_coef` in a run's first step. Without an entropy target both stay as they are.
+        """
+        target = self.entropy_target
+        if target == 0:
+            return self, coefficient
+        applied = replace(self, entropy_coef=coefficient if entropy <= target else 0.0)
+        change = self.entropy_coef_step * ((entropy < target) - (entropy > target))
+        return applied, max(0.0, coefficient + change)
+
 
 @dataclass(frozen=True)
 class LossOutputs:
@@ -126,66 +144,11 @@ class LossOutputs:
     metrics: dict[str, Tensor]  # detached scalars, each the sum over tokens of weight * value
 
 
-TokenLoss = tuple[Tensor, dict[str, Tensor]]  # per-token loss [N, T], per-token metrics [N, T] by name
-
-
-def clipped_surrogate(inputs: LossInputs, *, eps_low: float = 0.2, eps_high: float = 0.28) -> TokenLoss:
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = pi / pi_old (EAPO, arXiv 2604.11056, Eq. 2).
-
-    Metrics: where clipping takes the gradient away ("clip_fraction/low", "clip_fraction/high"), the ratio, and the k3
-    estimate of KL(pi_old || pi) in nats.
-    """
-    if not 0 < eps_low < 1:
-        raise ValueError(f"eps_low must be in (0, 1), got {eps_low}")
-    if not 0 < eps_high < math.inf:
-        raise ValueError(f"eps_high must be positive and finite, got {eps_high}")
-    log_ratio = _clamp(inputs.log_probs - inputs.old_log_probs)
-    ratio = log_ratio.exp()
-    low, high = 1 - eps_low, 1 + eps_high
-    token_loss = -torch.minimum(ratio * inputs.advantages, ratio.clamp(low, high) * inputs.advantages)
-    return token_loss, {
-        "clip_fraction/low": (ratio < low) & (inputs.advantages < 0),
-        "clip_fraction/high": (ratio > high) & (inputs.advantages > 0),
-        "kl/old_policy": kl_k3(inputs.old_log_probs, inputs.log_probs.detach()),
-        "ratio/mean": ratio,
-    }
-
-
-def negative_log_likelihood(inputs: LossInputs) -> TokenLoss:
-    """-log pi of the given tokens: supervised warm start; the advantages and the old policy play no part."""
-    return -inputs.log_probs, {}
-
-
-LOSSES: dict[str, Callable[..., TokenLoss]] = {  # fn(inputs, **options)
-    "clipped_surrogate": clipped_surrogate,
-    "negative_log_likelihood": negative_log_likelihood,
-}
-
-
-def kl_k1(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """log p - log q: unbiased for KL(p || q) in nats on samples of p, of high variance."""
-    return log_probs - other_log_probs
-
-
-def kl_k2(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """(log p - log q)^2 / 2: biased for KL(p || q), of low variance; its gradient is unbiased."""
-    return 0.5 * (log_probs - other_log_probs).square()
-
-
-def kl_k3(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """q/p - 1 - log(q/p): unbiased for KL(p || q), never negative (Schulman 2020)."""
-    log_ratio = _clamp(other_log_probs - log_probs)
-    return log_ratio.expm1() - log_ratio
-
-
-KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
-
-
 def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
     """The loss of one micro-batch and its metrics, after checking that all inputs are finite under the mask.
 
     Metrics: "loss/policy" and those of the chosen loss; "loss/kl" and "loss/entropy" (nats) when their coefficients are
-    not 0. All are sums of weight * value.
+    not 0; "entropy_bonus/coefficient" when it adapts. All are sums of weight * value.
 
     Raises:
         ValueError: naming the field that is not finite under the mask, or that the settings need and is None.
@@ -200,7 +163,12 @@ def policy_loss_unchecked(inputs: LossInputs, settings: LossSettings) -> LossOut
     inputs = _blank_masked(inputs)
     weights = inputs.weights
     if weights is None:
-        weights = loss_weights(inputs.mask, inputs.group_ids, aggregation=settings.aggregation)
+        weights = loss_weights(
+            inputs.mask,
+            inputs.group_ids,
+            aggregation=settings.aggregation,
+            aggregation_length=settings.aggregation_length,
+        )
     for name in settings.reads:
         if getattr(inputs, name) is None:
             raise ValueError(f"{name} are needed by {settings}")
@@ -217,6 +185,8 @@ def policy_loss_unchecked(inputs: LossInputs, settings: LossSettings) -> LossOut
         assert inputs.entropies is not None
         token_loss = token_loss - settings.entropy_coef * inputs.entropies
         token_metrics["loss/entropy"] = inputs.entropies
+    if settings.entropy_target > 0:
+        token_metrics["entropy_bonus/coefficient"] = torch.full_like(token_loss, settings.entropy_coef)
     metrics = {name: (weights * values.detach()).sum() for name, values in token_metrics.items()}
     return LossOutputs(loss=(weights * token_loss).sum(), metrics=metrics)
 
@@ -231,7 +201,3 @@ def _blank_masked(inputs: LossInputs) -> LossInputs:
     return replace(
         inputs, **{name: values if name in differentiable else values.detach() for name, values in blanked.items()}
     )
-
-
-def _clamp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

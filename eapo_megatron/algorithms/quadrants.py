@@ -1,8 +1,9 @@
 """Four Quadrant Decomposition of response tokens by reward polarity and entropy (EAPO, arXiv 2604.11056, Sec. 4.1).
 
 phr: correct and H >= mu_H    plr: correct and H < mu_H    nhr: incorrect and H >= mu_H    nlr: incorrect and H < mu_H
-mu_H is the mean entropy (nats) of all response tokens of the prompt's group. A response is correct when its reward
-exceeds `positive_threshold`; 0, the default, is midway between +1 and -1 and also separates 1 from 0.
+mu_H is the mean entropy (nats) of all response tokens of the prompt's group, or another threshold by name
+(`thresholds`). A response is correct when its reward exceeds `positive_threshold`; 0, the default, is midway between +1
+and -1 and also separates 1 from 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checks import check_finite, check_group_ids, check_mask, check_rewards, check_tokens, check_verdicts
-from .group_statistics import token_statistics
+from .thresholds import entropy_thresholds
 
 QUADRANTS = ("phr", "plr", "nhr", "nlr")
 
@@ -26,17 +27,19 @@ def quadrant_masks(
     mask: Tensor,
     group_ids: Tensor,
     *,
+    threshold: str = "mean",
     positive_threshold: float = 0.0,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """The quadrants "phr", "plr", "nhr", "nlr" as boolean masks [N, T] that partition `mask` (EAPO Sec. 4.1).
 
-    rewards: floating point [N]; entropies: float32 or float64 [N, T] in nats; mask: bool [N, T]; group_ids: int64 [N].
-    mu_H is exact over the ranks of `process_group`: two collectives, none when it is None.
+    rewards: floating point [N]; entropies: float32 or float64 [N, T] in nats; mask: bool [N, T]; group_ids: int64 [N];
+    threshold: mean (the paper's mu_H), q25, q50, q75 or kmeans, each of a prompt's group and exact over the ranks of
+    `process_group`: two collectives, none when it is None.
 
     Raises:
-        ValueError: for wrong shapes or dtypes, for values that are not finite under the mask, and for a response
-            without a verdict (a reward of NaN) that has tokens under the mask.
+        ValueError: for an unknown threshold, wrong shapes or dtypes, for values that are not finite under the mask, and
+            for a response without a verdict (a reward of NaN) that has tokens under the mask.
     """
     check_mask(mask)
     check_rewards(rewards, len(mask))
@@ -44,15 +47,16 @@ def quadrant_masks(
     check_group_ids(group_ids, len(mask))
     check_tokens("entropies", entropies, mask)
     check_finite("entropies", entropies, mask)
-    statistics = token_statistics(entropies, mask, group_ids, process_group=process_group)
-    return split_quadrants(rewards, entropies, mask, statistics.mean, positive_threshold=positive_threshold)
+    positive = rewards > positive_threshold
+    thresholds = entropy_thresholds(entropies, mask, group_ids, positive, name=threshold, process_group=process_group)
+    return split_quadrants(rewards, entropies, mask, thresholds, positive_threshold=positive_threshold)
 
 
 def split_quadrants(
-    rewards: Tensor, entropies: Tensor, mask: Tensor, mean_entropies: Tensor, *, positive_threshold: float
+    rewards: Tensor, entropies: Tensor, mask: Tensor, thresholds: Tensor, *, positive_threshold: float
 ) -> dict[str, Tensor]:
-    """The quadrant masks, given each response's mu_H (float64 [N])."""
-    high = entropies >= mean_entropies[:, None]
+    """The quadrant masks, given each response's threshold of entropy (float64 [N])."""
+    high = entropies >= thresholds[:, None]
     positive = (rewards > positive_threshold)[:, None]
     return {
         "phr": mask & positive & high,

@@ -54,7 +54,7 @@ def reads(*fields: str) -> Callable[[Function], Function]:
     return declare
 
 
-def read_by(function: Callable[..., Any]) -> frozenset[str]:
+def read_by(function: Callable[..., Any] | None) -> frozenset[str]:
     """The optional fields that the function declared with `reads`."""
     return getattr(function, "reads", frozenset())
 

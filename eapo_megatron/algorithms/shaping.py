@@ -2,10 +2,10 @@
 
 EAPO (arXiv 2604.11056, Sec. 5) and the methods it is compared with (Sec. 6), each a function from `ShapingInputs` to
 advantages [N, T], chosen by name. The shaped advantage replaces A in the policy loss; nothing else of the method
-changes. Shapings never carry a gradient. Entropies are the old policy's, from the forward that yields its log-probs;
-passing the current policy's is as valid. A new shaping is one function and one line in `SHAPINGS`, or a function of
-yours named package.module:function; its keyword arguments are its options, and `reads("entropies")` says that it needs
-the entropies.
+changes. Shapings never carry a gradient. Entropies are the old policy's, from the forward that yields its log-probs, or
+the current policy's at the start of an optimizer step (`algorithm.shaping_policy` in a recipe). A new shaping is one
+function and one line in `SHAPINGS`, or a function of yours named package.module:function; its keyword arguments are its
+options, and `reads("entropies")` says that it needs the entropies.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .checks import check_finite, check_group_ids, check_mask, check_rewards, ch
 from .group_statistics import token_statistics
 from .quadrants import check_quadrant_names, quadrant_masks, split_quadrants
 from .registry import choose, complete_options, imported, reads
+from .thresholds import entropy_thresholds
 from .top_tokens import top_tokens
 
 
@@ -35,6 +36,7 @@ def eapo_advantages(
     phi: float = 2.0,
     rewards: Tensor | None = None,
     positive_threshold: float = 0.0,
+    quadrant_threshold: str = "mean",
     without: Sequence[str] = (),
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -44,7 +46,8 @@ def eapo_advantages(
     `process_group`: two collectives, none when it is None. A group of constant entropy keeps A.
     advantages, entropies (nats): float32 or float64 [N, T]; mask: bool [N, T]; group_ids: int64 [N]; returns [N, T] in
     the dtype of `advantages`, 0 outside the mask. Tokens of the quadrants named in `without` keep A (Table 3); they are
-    positive where the response's reward, of `rewards` [N], exceeds `positive_threshold`.
+    positive where the response's reward, of `rewards` [N], exceeds `positive_threshold`, and of high entropy from
+    `quadrant_threshold` on (`thresholds`; other ones than the mean take two collectives more).
 
     Raises:
         ValueError: for alpha outside (0, 1], phi <= alpha, an unknown quadrant, `without` without `rewards`, wrong
@@ -72,7 +75,13 @@ def eapo_advantages(
     bound = advantages.abs() / phi
     entropy_term = torch.where(std > 0, (entropies - mean) / std, 0.0).clamp(-bound, bound)
     if without and rewards is not None:
-        quadrants = split_quadrants(rewards, entropies, mask, statistics.mean, positive_threshold=positive_threshold)
+        thresholds = statistics.mean
+        if quadrant_threshold != "mean":
+            positive = rewards > positive_threshold
+            thresholds = entropy_thresholds(
+                entropies, mask, group_ids, positive, name=quadrant_threshold, process_group=process_group
+            )
+        quadrants = split_quadrants(rewards, entropies, mask, thresholds, positive_threshold=positive_threshold)
         for quadrant in without:
             entropy_term = torch.where(quadrants[quadrant], 0.0, entropy_term)
     shaped = advantages + alpha * advantages.sign() * entropy_term
@@ -84,12 +93,13 @@ class ShapingInputs:
     """What a shaping may look at. Construction raises ValueError naming a field of wrong shape, dtype or values."""
 
     advantages: Tensor  # [N, T] float32 or float64, the group advantage of the response at each of its tokens
-    entropies: Tensor  # [N, T] float32 or float64, nats, of the old policy
+    entropies: Tensor  # [N, T] float32 or float64, nats, of the policy that `log_probs` are of
     mask: Tensor  # [N, T] bool, response tokens
     group_ids: Tensor  # [N] int64, equal for the responses to one prompt
     rewards: Tensor  # [N] floating point; NaN (no verdict) only where the mask has no token of the response
-    log_probs: Tensor  # [N, T] float32 or float64, of the sampled tokens under the old policy
+    log_probs: Tensor  # [N, T] float32 or float64, of the sampled tokens under the old or the current policy
     positive_threshold: float = 0.0  # a response is correct when its reward exceeds it
+    quadrant_threshold: str = "mean"  # where high entropy begins: a name of `thresholds`
 
     def __post_init__(self) -> None:
         check_mask(self.mask)
@@ -128,6 +138,7 @@ def eapo(
         phi=phi,
         rewards=inputs.rewards,
         positive_threshold=inputs.positive_threshold,
+        quadrant_threshold=inputs.quadrant_threshold,
         without=without,
         process_group=process_group,
     )
@@ -150,7 +161,11 @@ def entropy_advantage(
 def forking_tokens(
     inputs: ShapingInputs, *, process_group: dist.ProcessGroup | None = None, fraction: float = 0.2
 ) -> Tensor:
-    """A at the top `fraction` of the batch's tokens by entropy, over all ranks; 0 elsewhere (arXiv 2506.01939)."""
+    """A at the top `fraction` of the batch's tokens by entropy, over all ranks; 0 elsewhere (arXiv 2506.01939).
+
+    The batch is what is shaped at once: a rollout batch by the old policy's entropies, an optimizer step by the
+    current policy's. The loss is divided by all tokens, as in the paper (Eq. 5).
+    """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
     forking = top_tokens(inputs.entropies, inputs.mask, fraction=fraction, process_group=process_group)
@@ -171,6 +186,7 @@ def quadrant(
         inputs.entropies,
         inputs.mask,
         inputs.group_ids,
+        threshold=inputs.quadrant_threshold,
         positive_threshold=inputs.positive_threshold,
         process_group=process_group,
     )
@@ -206,7 +222,7 @@ def shape_advantages(
 ) -> Tensor:
     """The advantages [N, T] shaped by `shaping_of(name)` with its options, detached, 0 outside the mask.
 
-    At most two collectives over `process_group`, none when it is None.
+    At most four collectives over `process_group`, none when it is None.
 
     Raises:
         ValueError: for an unknown shaping or option, listing the known ones, for options out of range, and for a result

@@ -15,17 +15,23 @@ DIGIT = 1 << 16
 
 @torch.no_grad()
 def top_tokens(
-    values: Tensor, mask: Tensor, *, fraction: float, process_group: dist.ProcessGroup | None = None
+    values: Tensor,
+    mask: Tensor,
+    *,
+    fraction: float = 1.0,
+    count: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Boolean mask [N, T] of the top `fraction` of the tokens under `mask`, over all ranks of `process_group`.
 
     values: float32 [N, T] (float64 is rounded to float32); mask: bool [N, T]. The fraction of the number of tokens is
-    rounded to the nearest whole number, at least one. Tokens equal to the smallest selected value are selected too.
+    rounded to the nearest whole number, at least one; `count`, 1 or more, gives that number instead (more than there
+    are: all). Tokens equal to the smallest selected value are selected too.
     """
     keys = _ordered_keys(values)
     leading, trailing = keys // DIGIT, keys % DIGIT
     histogram = _histogram(leading[mask], process_group)
-    position = max(1, round(fraction * int(histogram.sum())))
+    position = max(1, round(fraction * int(histogram.sum()))) if count is None else count
     threshold_leading, position = _locate(histogram, position)
     histogram = _histogram(trailing[mask & (leading == threshold_leading)], process_group)
     threshold_trailing, _ = _locate(histogram, position)

@@ -4,6 +4,7 @@ The text under a field is its description: `eapo-megatron keys` and docs/keys.md
 """
 
 from eapo_megatron.config.experience import Arithmetic, Data, Overlong, Reward, Rollout
+from eapo_megatron.config.methods import METHODS
 from eapo_megatron.config.policy import GPUS, Cluster, Head, Model, Optimizer, Parallel
 from eapo_megatron.config.recipe import Recipe
 from eapo_megatron.config.section import LARGEST, RecipeError, Section
@@ -22,6 +23,7 @@ from eapo_megatron.config.vllm import VLLM
 __all__ = [
     "GPUS",
     "LARGEST",
+    "METHODS",
     "VLLM",
     "Algorithm",
     "Arithmetic",

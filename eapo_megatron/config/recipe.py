@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from eapo_megatron.config.experience import Data, Reward, Rollout
+from eapo_megatron.config.methods import check_method
 from eapo_megatron.config.policy import Cluster, Model, Optimizer, Parallel
 from eapo_megatron.config.section import Section
 from eapo_megatron.config.training import Algorithm, Checkpoint, Evaluation, Logging, Train, WarmStart
@@ -21,6 +22,8 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     """Name of the run and of its folder; left out: the name of the recipe file."""
+    method: str | None = None
+    """A name for settings of algorithm and reward, below all that the recipe gives itself: see docs/methods.md."""
     seed: int = Field(1234, ge=0, lt=2**31)
     """Of random weights, the order of prompts and every sample."""
     cluster: Cluster = Cluster()
@@ -37,11 +40,16 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
 
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str | None) -> str | None:
+        if method is not None:
+            check_method(method)
+        return method
+
     @model_validator(mode="after")
     def _groups(self) -> Recipe:
         algorithm = self.make_algorithm()
-        if algorithm.needs.ref_log_probs:
-            raise ValueError("algorithm.loss needs a reference policy, which the training loop does not have")
         if algorithm.correction.is_on and self.algorithm.old_policy == "rollout":
             raise ValueError(
                 "algorithm.correction has nothing to correct with algorithm.old_policy rollout: its ratios are all 1"

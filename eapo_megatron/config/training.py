@@ -24,11 +24,21 @@ class Loss(Section):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "clipped_surrogate"
-    """clipped_surrogate (Eq. 2)."""
+    """clipped_surrogate (Eq. 2), kl_cov, clip_cov, ce_gppo, gspo or cispo; see docs/methods.md."""
     aggregation: str = "token_mean"
-    """token_mean: by the tokens of the optimizer step; group_token_mean: Eq. 2; seq_mean_token_mean: by response."""
+    """token_mean: over the step's tokens; group_token_mean: Eq. 2; seq_mean_token_mean or seq_mean_token_sum."""
+    aggregation_length: int = Field(1, ge=1)
+    """Tokens that seq_mean_token_sum divides the sum over a response by."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence to the reference policy, the one that the run starts from; 0: there is none."""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3: how the KL divergence is estimated from the sampled tokens."""
     entropy_coef: float = 0.0
     """Weight of the current policy's mean token entropy (nats), which the loss rewards; 0: off."""
+    entropy_target: float = 0.0
+    """Mean token entropy (nats) that entropy_coef adapts to, from its value here on; 0: it is fixed."""
+    entropy_coef_step: float = 0.005
+    """By how much entropy_coef changes in a step where it adapts."""
 
 
 class Correction(Section):
@@ -53,6 +63,12 @@ class Algorithm(Section):
     """The loss that the advantages enter."""
     correction: Correction = Correction()
     """Weights against the mismatch of sampler and trainer; see docs/mismatch.md."""
+    quadrant_threshold: str = "mean"
+    """Where high entropy begins, within a prompt's group: mean, q25, q50, q75 or kmeans; of metrics and shapings."""
+    shaping_policy: Literal["old", "current"] = "old"
+    """Whose log-probs and entropies shapings and choices of tokens see; current: a forward for each optimizer step."""
+    reference_on_host: bool = False
+    """Whether the reference policy of kl_coef waits in host memory between its uses."""
     old_policy: Literal["forward", "rollout"] = "forward"
     """Source of the old policy's log-probs and entropies: a forward of the trainer, or the engine that sampled."""
     overlong_filtering: bool = False

@@ -129,6 +129,11 @@ class Layout:
         return prompts * generations
 
     @cached_property
+    def keeps_reference(self) -> bool:
+        """Whether ranks hold a reference policy beside the one that is trained."""
+        return self.recipe.make_algorithm().needs.ref_log_probs
+
+    @cached_property
     def stages(self) -> list[list[int]]:
         """The layers of each pipeline stage."""
         return stage_layers(self.parallel, len(self.shape.layers))

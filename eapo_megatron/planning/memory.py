@@ -1,8 +1,9 @@
 """Memory of one rank, by part.
 
-Parameters, gradients and optimizer state stay for all of the run. On top of them come, in turn, what training holds of
-its micro-batches and what rollouts hold. Not counted: the CUDA context, NCCL's buffers, fragmentation and the
-short-lived results of single operations, for which `gpus.RESERVED` is kept free.
+Parameters, gradients and optimizer state stay for all of the run, and so does a reference policy that does not wait on
+the host. On top of them come, in turn, what training holds of its micro-batches and what rollouts hold. Not counted:
+the CUDA context, NCCL's buffers, fragmentation and the short-lived results of single operations, for which
+`gpus.RESERVED` is kept free.
 """
 
 from __future__ import annotations
@@ -31,15 +32,26 @@ class RankMemory:
     kv_cache: int
     sampling: int
     engine: int  # weights of a server that shares this rank's GPU and stays there, with its KV cache, in training
+    reference: int  # weights of the reference policy
+    reference_stays: bool  # or is on the host between its uses
 
     @property
     def resident(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.reference * self.reference_stays
 
     @property
     def training_peak(self) -> int:
-        beside = self.engine + self.kv_cache if self.engine else 0
-        return self.resident + self.activations + self.head + beside
+        return self.resident + self.activations + self.head + self._beside
+
+    @property
+    def reference_peak(self) -> int:
+        """While the reference policy scores, which holds nothing for a backward pass."""
+        visiting = 0 if self.reference_stays else self.reference
+        return self.resident + visiting + self._beside
+
+    @property
+    def _beside(self) -> int:
+        return self.engine + self.kv_cache if self.engine else 0
 
     @property
     def rollout_peak(self) -> int:
@@ -47,7 +59,7 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        return max(self.training_peak, self.rollout_peak)
+        return max(self.training_peak, self.reference_peak, self.rollout_peak)
 
 
 def worst_rank(layout: Layout) -> RankMemory:
@@ -73,6 +85,8 @@ def stage_memory(layout: Layout, stage: int) -> RankMemory:
         kv_cache=batch * layout.sequence_length * layers * kv_cache_bytes(layout),
         sampling=batch * layout.shape.vocab_size * SAMPLING_BYTES if last and layout.decodes_itself else 0,
         engine=layout.dtype_bytes * layout.engine_parameters() if hosts_engine else 0,
+        reference=layout.dtype_bytes * parameters.total if layout.keeps_reference else 0,
+        reference_stays=not layout.recipe.algorithm.reference_on_host,
     )
 
 

@@ -66,6 +66,10 @@ def _memory_table(plan: Plan) -> Table:
             memory.optimizer,
             "over data-parallel ranks" if layout.parallel.use_distributed_optimizer else "complete on every rank",
         ),
+        "reference policy": (
+            memory.reference,
+            "frozen, stays" if memory.reference_stays else "frozen, on the host between uses",
+        ),
         "training: activations": (
             memory.activations,
             f"micro-batch {recipe.train.micro_batch_size} x {layout.sequence_length} tokens",
@@ -88,6 +92,8 @@ def _memory_table(plan: Plan) -> Table:
     }
     if layout.decodes_itself:
         del rows["rollout: vLLM's weights"]
+    if not layout.keeps_reference:
+        del rows["reference policy"]
     for part, (size, note) in rows.items():
         table.add_row(part, _size(size), note)
     table.add_section()

@@ -44,7 +44,10 @@ class Work:
 
 
 def step_work(layout: Layout) -> dict[str, Work]:
-    """The work of one step by phase: rollout (one round of sampling), scoring by the old policy, training."""
+    """The work of one step by phase: rollout (one round of sampling), scoring by the old policy, training.
+
+    A reference policy scores too.
+    """
     recipe, shape = layout.recipe, layout.shape
     prompt, length = recipe.data.max_prompt_tokens, layout.sequence_length
     prefilled = recipe.train.num_prompts_per_step * prompt
@@ -61,6 +64,7 @@ def step_work(layout: Layout) -> dict[str, Work]:
     flops = {
         "rollout": (prefilled + answered) * matmul_flops(shape) + looked_back + head,
         "scoring": scoring,
+        **({"reference": scoring} if layout.keeps_reference else {}),
         "training": 3 * scoring + again + head,  # the fused head's backward pass computes its logits again
     }
     stages = [stage_traffic(layout, stage) for stage in range(layout.pp)]
@@ -90,6 +94,7 @@ def stage_traffic(layout: Layout, stage: int) -> dict[str, Traffic]:
     return {
         "rollout": _rollout(layout, stage),
         "scoring": _forward(layout, stage),
+        "reference": _forward(layout, stage),
         "training": _training(layout, stage),
     }
 

@@ -59,6 +59,7 @@ class TokenData:
     rollout_log_probs: Tensor | None = None  # of the sampler
     corrections: Tensor | None = None  # multiply the loss, for the sampler's mismatch
     ref_log_probs: Tensor | None = None  # of the reference policy
+    selected: Tensor | None = None  # 1 at the tokens that the loss marks over the optimizer step, else 0
 
     def of(self, rows: Tensor, width: int) -> TokenData:
         """The part of a micro-batch: rows int64 [b] of the batch, the first `width` tokens of each."""

@@ -40,7 +40,7 @@ from eapo_megatron.reading import read_json_object
 from eapo_megatron.weights.integrity import check_checkpoint
 
 STATE_FILE = "state.json"
-STATE_VERSION = 2  # 1: without a version, "score" for "ranking"
+STATE_VERSION = 3  # 1: without a version, "score" for "ranking"; up to 2: no adaptive coefficient of the entropy bonus
 
 
 class Checkpoints:
@@ -222,7 +222,7 @@ def check_state(folder: Path) -> None:
 
 
 def save_weights(folder: Path, policy: Policy) -> None:
-    """Writes the weights alone (the warm start's cache). Every rank calls it together."""
+    """Writes the weights alone (the warm start's cache, the reference policy). Every rank calls it together."""
     unfinished = folder.with_name(f".{folder.name}")
     if policy.runtime.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -144,10 +144,11 @@ class PolicyChunk(GPTModel):
 class Policy:
     """This rank's part of the policy.
 
-    `chunks` are wrapped for data-parallel gradient reduction; with interleaved pipelining a rank holds several.
+    `chunks` are wrapped for data-parallel gradient reduction, unless the policy is frozen; with interleaved pipelining
+    a rank holds several.
     """
 
-    chunks: list[DistributedDataParallel]
+    chunks: list[DistributedDataParallel] | list[PolicyChunk]
     config: TransformerConfig
     hf_config: Mapping[str, Any]
     runtime: Runtime
@@ -160,11 +161,12 @@ class Policy:
 
     @property
     def modules(self) -> list[PolicyChunk]:
-        return [chunk.module for chunk in self.chunks]
+        return [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in self.chunks]
 
     def zero_grad(self) -> None:
         """Clears gradients before an optimizer step's first micro-batch."""
         for chunk in self.chunks:
+            assert isinstance(chunk, DistributedDataParallel), "a frozen policy has no gradients"
             chunk.zero_grad_buffer()
             for parameter in chunk.parameters():
                 parameter.grad = None  # the optimizer left the buffer itself there: backward would add it to itself
@@ -245,15 +247,17 @@ def transformer_config(
     )
 
 
-def build_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel, runtime: Runtime) -> Policy:
-    """Builds this rank's chunks with unset weights; `load_weights` fills them."""
+def build_policy(
+    hf_config: Mapping[str, Any], model: Model, parallel: Parallel, runtime: Runtime, *, frozen: bool = False
+) -> Policy:
+    """Builds this rank's chunks with unset weights; `load_weights` fills them. Frozen ones hold no gradients."""
     use_te = runtime.device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     config = transformer_config(hf_config, model, parallel, transformer_engine=use_te)
     virtual = parallel.virtual_pipeline_model_parallel_size
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.use_distributed_optimizer, grad_reduce_in_fp32=True
     )
-    chunks = []
+    modules = []
     for index in range(virtual or 1):
         vp_stage = index if virtual else None
         module = PolicyChunk(
@@ -272,11 +276,17 @@ def build_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel,
             # Megatron sets these marks while it initialises weights; the gradient norm counts shards by them.
             if weight.tp_dim is not None and not hasattr(tensor, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(tensor, True, weight.tp_dim, 1)
-        chunks.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0))
+        modules.append(module.requires_grad_(not frozen))
+    joined = config.num_moe_experts is not None and parallel.experts_join_replicas
+    if frozen:
+        return Policy(modules, config, hf_config, runtime, joined)
+    chunks = [
+        DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
+        for index, module in enumerate(modules)
+    ]
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if virtual else chunks[0].no_sync
     for chunk in chunks:
         chunk.broadcast_params()
-    joined = config.num_moe_experts is not None and parallel.experts_join_replicas
     return Policy(chunks, config, hf_config, runtime, joined)
 
 

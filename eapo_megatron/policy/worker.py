@@ -52,7 +52,40 @@ class PolicyWorker:
         Both float32 [N, T], 0 outside the mask, on every rank. Under routing replay it replays the sampler's routes
         where the responses hold them, and else records those of the rows of `steps`, the optimizer steps to come.
         """
-        results = torch.zeros(2, *batch.mask.shape, device=self.policy.runtime.device)
+        results = self._no_results(batch)
+        everything = range(batch.size)
+        if self.routes is None:
+            self._score(batch, everything, results)
+        elif batch.responses.routes is not None:
+            with self._replaying(batch, everything):
+                self._score(batch, everything, results)
+        else:
+            self.routes.forget()
+            in_steps = {row for rows in steps for row in rows}
+            others = [row for row in range(batch.size) if row not in in_steps]
+            for rows in filter(None, [*steps, others]):
+                with self.routes.recording(rows):
+                    self._score(batch, rows, results)
+        self.policy.runtime.all_sum(results)
+        return results[0], results[1]
+
+    def scores_before_update(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (nats) of `rows` by the policy that the next update of them begins with.
+
+        Both float32 [N, T], 0 elsewhere, on every rank; the routes are those of the update.
+        """
+        results = self._no_results(batch)
+        with self._replaying(batch, rows):
+            self._score(batch, rows, results)
+        self.policy.runtime.all_sum(results)
+        return results[0], results[1]
+
+    def _no_results(self, batch: Batch) -> Tensor:
+        return torch.zeros(2, *batch.mask.shape, device=self.policy.runtime.device)
+
+    @torch.no_grad()
+    def _score(self, batch: Batch, rows: Sequence[int], results: Tensor) -> None:
+        """Writes log-probs and entropies of `rows` into results [2, N, T], on ranks that report a replica's own."""
 
         def collect(micro: MicroBatch, outputs: Tensor) -> tuple[Tensor, Tensor, dict]:
             if self.policy.runtime.reports_last_stage and micro.rows_in_batch.numel():
@@ -60,22 +93,7 @@ class PolicyWorker:
                     result[micro.rows_in_batch, : micro.mask.shape[1]] = micro.to_responses(values)
             return _nothing(outputs), _nothing(outputs).int(), {}
 
-        with torch.no_grad():
-            everything = range(batch.size)
-            if self.routes is None:
-                self._run(self._micro_batches(batch, everything), collect, forward_only=True)
-            elif batch.responses.routes is not None:
-                with self._replaying(batch, everything):
-                    self._run(self._micro_batches(batch, everything), collect, forward_only=True)
-            else:
-                self.routes.forget()
-                in_steps = {row for rows in steps for row in rows}
-                others = [row for row in range(batch.size) if row not in in_steps]
-                for rows in filter(None, [*steps, others]):
-                    with self.routes.recording(rows):
-                        self._run(self._micro_batches(batch, rows), collect, forward_only=True)
-        self.policy.runtime.all_sum(results)
-        return results[0], results[1]
+        self._run(self._micro_batches(batch, rows), collect, forward_only=True)
 
     def update(
         self, batch: Batch, rows: Sequence[int], optimizer: PolicyOptimizer, algorithm: Algorithm, tokens: TokenData
@@ -116,7 +134,8 @@ class PolicyWorker:
         total: Counter[str] = Counter()
         for part in self.policy.runtime.gather_objects(local):
             total.update(part)
-        sums: dict[str, float] = dict(total)
+        assert tokens.weights is not None
+        sums = algorithm.loss_settings.means(total, tokens.weights)
         if "routing/routed" in sums:
             sums["routing/changed_share"] = sums.pop("routing/changed") / sums.pop("routing/routed")
         return sums
@@ -147,7 +166,7 @@ class PolicyWorker:
     ) -> list[dict[str, Tensor]]:
         """All micro-batches through Megatron's schedule; `consume(micro, outputs [2, M])` runs on the last stage."""
 
-        chunks = self.policy.chunks
+        chunks: Sequence[torch.nn.Module] = self.policy.chunks
 
         def forward_step(
             micro_iterator: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module

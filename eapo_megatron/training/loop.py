@@ -12,7 +12,8 @@ Departures from textbook GRPO (arXiv 2402.03300), most of them by setting:
 - the batch of a step is collected once and trained on in mini-batches, each once, with the old policy's log-probs from
   a forward of the training policy, not from the sampler (`algorithm.old_policy`);
 - the loss can be weighted against the mismatch of sampler and trainer (`algorithm.correction`);
-- there is no KL to a reference policy;
+- KL to a reference policy, the one that the run started from, by setting (`algorithm.loss.kl_coef`);
+- the loss can be another one (`algorithm.loss.name`), and reward entropy (`entropy_coef`, adapted to `entropy_target`);
 - the advantage differs from token to token (`algorithm.shaping`);
 - the clip range is asymmetric (`algorithm.loss.eps_low`, `eps_high`: DAPO's clip-higher, arXiv 2503.14476);
 - responses near or at the maximum length can lose reward or leave the loss (`reward.overlong`,
@@ -69,13 +70,13 @@ def train(run: Run) -> dict[str, Any]:
 
 def train_step(run: Run) -> dict[str, float]:
     """One rollout batch and its optimizer steps -> metrics."""
-    recipe, algorithm = run.recipe, run.ingredients.algorithm
+    recipe = run.recipe
     with run.timer("rollout"):
         collected = collect(run.producer.round, recipe, run.progress.position)
         run.producer.sample_ahead(collected.position, rounds=recipe.train.steps - run.progress.step)
         run.record_samples(collected.drawn[0])
     run.progress.position = collected.position
-    metrics, groups = collected.metrics(algorithm.positive_threshold, run.sampler.engine.version), collected.groups
+    metrics, groups = collected.metrics(recipe.reward.positive_threshold, run.sampler.engine.version), collected.groups
     if not collected.is_finite:
         run.count(applied=False, where="the rollouts")
         return metrics
@@ -95,22 +96,24 @@ def train_step(run: Run) -> dict[str, float]:
     if not bool(torch.isfinite(old_log_probs).all() & torch.isfinite(entropies).all()):
         run.count(applied=False, where="the old policy")
         return metrics
+    ref_log_probs = run.reference_log_probs(batch)
     with run.timer("advantages"):
+        algorithm = run.adapted_algorithm(batch, entropies)
         advantages = algorithm.advantages(
             batch.rewards, batch.group_ids, batch.mask, log_probs=old_log_probs, entropies=entropies
         )
-        corrections = algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask)
+        known = TokenData(
+            advantages=advantages,
+            old_log_probs=old_log_probs,
+            old_entropies=entropies,
+            rollout_log_probs=batch.rollout_log_probs,
+            corrections=algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask),
+            ref_log_probs=ref_log_probs,
+        )
     updates = []
     with run.timer("update"):
         for rows in run.optimizer_steps(batch):
-            tokens = TokenData(
-                weights=algorithm.weights(batch.mask_of(rows), batch.group_ids),
-                advantages=advantages,
-                old_log_probs=old_log_probs,
-                old_entropies=entropies,
-                rollout_log_probs=batch.rollout_log_probs,
-                corrections=corrections,
-            )
+            tokens = run.step_data(algorithm, batch, rows, known)
             updates.append(run.worker.update(batch, rows, run.optimizer, algorithm, tokens))
             run.count(applied=updates[-1].applied)
     with run.timer("weight_sync"):

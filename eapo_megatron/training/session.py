@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from eapo_megatron.algorithms import Algorithm, SelectionInputs, uniform_draws
 from eapo_megatron.config import Model, Recipe, RecipeError
 from eapo_megatron.durable import write_json
-from eapo_megatron.policy.batching import Batch, mini_batches
+from eapo_megatron.policy.batching import Batch, TokenData, mini_batches
 from eapo_megatron.policy.checkpoint import Checkpoints
 from eapo_megatron.policy.checkpoint_files import inspect
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.policy_model import Policy, open_policy
+from eapo_megatron.policy.reference import Reference, open_reference
 from eapo_megatron.policy.runtime import Runtime
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.records.records import Records
@@ -49,6 +52,9 @@ class Progress:
     skipped_steps: int = 0  # dynamic sampling found no group with differing rewards
     response_tokens: int = 0
     evaluations: dict[str, float] = field(default_factory=dict)  # solve rate by step
+    entropy_coef: float | None = (
+        None  # of the entropy bonus in the next step, where it adapts; None: as the recipe has it
+    )
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Progress:
@@ -63,6 +69,8 @@ class Progress:
         saved = dict(saved)
         if state["version"] == 1:
             saved["evaluations"] = saved.pop("held_out", {})
+        if state["version"] <= 2:
+            saved["entropy_coef"] = None
         names = {field.name for field in fields(cls)}
         if saved.keys() != names:
             raise RecipeError(
@@ -85,6 +93,7 @@ class Run:
     runtime: Runtime
     policy: Policy
     worker: PolicyWorker
+    reference: Reference | None  # None: the algorithm needs none
     optimizer: PolicyOptimizer
     sampler: Sampler
     producer: Producer
@@ -112,6 +121,51 @@ class Run:
             return self.worker.log_probs_and_entropies(batch, self.optimizer_steps(batch))
         assert batch.rollout_entropies is not None, "preflight checks that the engine gives them"
         return batch.rollout_log_probs, batch.rollout_entropies
+
+    def reference_log_probs(self, batch: Batch) -> Tensor | None:
+        """The reference policy's log-probs, float32 [N, T]; None: the algorithm needs none."""
+        if self.reference is None:
+            return None
+        with self.timer("reference"):
+            return self.reference.log_probs(batch)
+
+    def adapted_algorithm(self, batch: Batch, entropies: Tensor) -> Algorithm:
+        """The algorithm of this step: where the entropy bonus has a target, its coefficient follows the entropies."""
+        algorithm = self.ingredients.algorithm
+        if not algorithm.needs.entropy_control:
+            return algorithm
+        start = algorithm.loss_settings.entropy_coef
+        coefficient = start if self.progress.entropy_coef is None else self.progress.entropy_coef
+        mean = float(entropies[batch.mask].mean(dtype=torch.float64))
+        algorithm, self.progress.entropy_coef = algorithm.adapted(coefficient, mean)
+        return algorithm
+
+    def step_data(self, algorithm: Algorithm, batch: Batch, rows: Sequence[int], known: TokenData) -> TokenData:
+        """`known` with what is taken over an optimizer step: its tokens' weights, and which of them the loss marks.
+
+        Where shapings see the current policy, the advantages too; a NaN in its log-probs or entropies makes them NaN,
+        so that the update is refused.
+        """
+        mask = batch.mask_of(rows)
+        data = replace(known, weights=algorithm.weights(mask, batch.group_ids))
+        log_probs = known.old_log_probs
+        if self.recipe.algorithm.shaping_policy == "current":
+            log_probs, entropies = self.worker.scores_before_update(batch, rows)
+            if not bool(torch.isfinite(log_probs).all() & torch.isfinite(entropies).all()):
+                unknown = torch.full_like(log_probs, torch.nan)
+                return replace(data, advantages=unknown, selected=unknown)
+            shaped = algorithm.advantages(
+                batch.rewards, batch.group_ids, mask, log_probs=log_probs, entropies=entropies
+            )
+            data = replace(data, advantages=shaped)
+        if algorithm.needs.selected:
+            assert data.advantages is not None
+            assert log_probs is not None
+            number = self.progress.optimizer_steps + self.progress.skipped_updates
+            draws = uniform_draws(self.recipe.seed, number, mask.shape, mask.device) if algorithm.needs.draws else None
+            inputs = SelectionInputs(data.advantages, log_probs, mask, draws)
+            data = replace(data, selected=algorithm.selected(inputs))
+        return data
 
     def count(self, *, applied: bool, where: str = "a loss or gradient") -> None:
         """Counts an optimizer step, or one that was skipped because `where` had NaN or Inf.
@@ -207,6 +261,10 @@ def open_run(
                 records.say(line)
         if resume_step is None and recipe.warm_start.steps:
             warm_start(recipe, ingredients, worker, records)
+        reference = None
+        if ingredients.algorithm.needs.ref_log_probs:
+            start = policy if resume_step is None else None
+            reference = open_reference(recipe, ingredients.hf_config, runtime, folder, start)
         # After the weights: a bf16 policy's optimizer copies them in float32 when it is built.
         optimizer = build_optimizer(policy, recipe.optimizer)
         if resume_step is not None:
@@ -225,6 +283,7 @@ def open_run(
             runtime,
             policy,
             worker,
+            reference,
             optimizer,
             sampler,
             producer,

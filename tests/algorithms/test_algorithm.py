@@ -15,7 +15,7 @@ from random_batches import random_batch
 from torch import Tensor
 
 from eapo_megatron.algorithms import LOSSES, SHAPINGS, Algorithm, LossInputs, LossSettings, Needs, ShapingInputs, reads
-from eapo_megatron.algorithms.policy_loss import TokenLoss
+from eapo_megatron.algorithms.losses import TokenLoss
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,11 @@ from eapo_megatron.algorithms.policy_loss import TokenLoss
         ({"loss": {"aggregation": "mean"}}, "algorithm.loss.aggregation must be one of token_mean, "),
         ({"loss": {"entropy_coef": "much"}}, "algorithm.loss.entropy_coef must be a number, got 'much'"),
         ({"loss": {"kl_estimator": ["k3"]}}, "algorithm.loss.kl_estimator must be one of k1, k2, k3"),
+        ({"loss": {"name": "kl_cov", "fraction": 0}}, "algorithm.loss.fraction must be in (0, 1], got 0"),
+        ({"loss": {"name": "kl_cov", "eps_low": 0.2}}, "algorithm.loss.eps_low is not a key of the loss 'kl_cov'"),
+        ({"loss": {"name": "cispo", "eps_low": 1.1}}, "algorithm.loss.eps_low must be in (0, 1], got 1.1"),
+        ({"loss": {"name": "ce_gppo", "beta_low": -1}}, "algorithm.loss.beta_low must be finite and not negative"),
+        ({"quadrant_threshold": "median"}, "algorithm.quadrant_threshold must be one of mean, q25, q50, q75, kmeans"),
     ],
 )
 def test_a_wrong_key_is_named(section: dict[str, Any], sentence: str) -> None:
@@ -69,6 +74,9 @@ def test_defaults_are_the_papers() -> None:
         ({}, Needs(entropies=True, entropy_grad=False, ref_log_probs=False, rollout_log_probs=False)),
         ({"shaping": {"name": "none"}}, Needs(False, False, False, False)),
         ({"loss": {"kl_coef": 0.1}}, Needs(True, False, True, False)),
+        ({"loss": {"name": "kl_cov"}}, Needs(True, False, False, False, selected=True)),
+        ({"loss": {"name": "clip_cov"}}, Needs(True, False, False, False, selected=True, draws=True)),
+        ({"loss": {"entropy_target": 0.2}}, Needs(True, False, False, False, entropy_control=True)),
         ({"shaping": {"name": "none"}, "loss": {"entropy_coef": -0.1}}, Needs(False, True, False, False)),
     ],
 )
@@ -266,7 +274,7 @@ def test_a_new_loss_with_an_option_is_one_function_and_one_line(monkeypatch: pyt
         algorithm.loss(LossInputs(mask=batch.mask, weights=weights, **fields))
     for option, sentence in (
         ({"cap": 0.0}, "^a.loss.cap must be positive, got 0.0$"),
-        ({"eps_low": 0.2}, "^a.loss.eps_low is not a key of the loss 'truncated_reinforce': .*entropy_coef, cap$"),
+        ({"eps_low": 0.2}, "^a.loss.eps_low is not a key of the loss 'truncated_reinforce': .*entropy_coef_step, cap$"),
     ):
         with pytest.raises(ValueError, match=sentence):
             Algorithm.from_config({"loss": {"name": "truncated_reinforce", **option}}, key="a")

@@ -16,9 +16,11 @@ from torch import Tensor
 from eapo_megatron.algorithms import (
     AGGREGATIONS,
     SHAPINGS,
+    THRESHOLDS,
     Algorithm,
     LossInputs,
     LossSettings,
+    SelectionInputs,
     ShapingInputs,
     eapo_advantages,
     group_advantages,
@@ -57,6 +59,15 @@ EXPECTED_COLLECTIVES = {
     "loss token_mean": 1,
     "loss group_token_mean": 2,
     "loss seq_mean_token_mean": 1,
+    "weights seq_mean_token_sum": 1,
+    "loss seq_mean_token_sum": 1,
+    "without, kmeans": 4,
+    "quadrant_masks q25": 2,
+    "quadrant_masks q50": 2,
+    "quadrant_masks q75": 2,
+    "quadrant_masks kmeans": 2,
+    "selected kl_cov": 3,
+    "selected clip_cov": 4,
 }
 
 
@@ -111,6 +122,30 @@ def computations(batch: Batch, process_group: dist.ProcessGroup | None) -> dict[
         "without": lambda: eapo_advantages(
             advantages, *tokens, rewards=rewards, without=["phr", "nlr"], process_group=process_group
         ),
+        "without, kmeans": lambda: eapo_advantages(
+            advantages,
+            *tokens,
+            rewards=rewards,
+            without=["phr", "nlr"],
+            quadrant_threshold="kmeans",
+            process_group=process_group,
+        ),
+        **{
+            f"quadrant_masks {name}": lambda name=name: torch.stack(
+                [*quadrant_masks(rewards, *tokens, threshold=name, process_group=process_group).values()], dim=-1
+            )
+            for name in THRESHOLDS
+            if name != "mean"
+        },
+        **{
+            f"selected {loss.loss}": lambda loss=loss: loss.selected(
+                SelectionInputs(advantages, log_probs, batch.mask, draws=batch.entropies), process_group=process_group
+            )
+            for loss in (
+                LossSettings("kl_cov", fraction=0.2),
+                LossSettings("clip_cov", fraction=0.1, covariance_low=-0.1, covariance_high=0.3),
+            )
+        },
         "quadrant_masks": lambda: torch.stack(
             [*quadrant_masks(rewards, *tokens, process_group=process_group).values()], dim=-1
         ),

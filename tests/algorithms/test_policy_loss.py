@@ -15,6 +15,7 @@ from eapo_megatron.algorithms import (
     AGGREGATIONS,
     KL_ESTIMATORS,
     QUADRANTS,
+    THRESHOLDS,
     LossInputs,
     LossSettings,
     ShapingInputs,
@@ -34,6 +35,7 @@ TOKEN_FIELDS = (
     "weights",
     "rollout_log_probs",
     "corrections",
+    "selected",
 )
 
 
@@ -196,12 +198,19 @@ def test_grpo_loss_is_the_sum_of_the_quadrant_losses(batch: Batch, seed: int) ->
     )
     inputs = loss_inputs(batch, seed)
 
-    def loss_of(advantages: Tensor) -> float:
-        return policy_loss(replace(inputs, advantages=advantages), LossSettings()).loss.item()
+    assume_no_ratio_at_an_edge(inputs, LossSettings())
 
-    parts = [loss_of(shape_advantages("quadrant", shaping, only=[name])) for name in QUADRANTS]
-    sums, _, _ = reference_sums(inputs, LossSettings())
-    assert {"loss": math.fsum(parts)} == near({"loss": sums.get("loss", Sum())})
+    def loss_of(advantages: Tensor) -> tuple[float, Tensor]:
+        loss = policy_loss(replace(inputs, advantages=advantages), LossSettings()).loss
+        return loss.item(), torch.autograd.grad(loss, inputs.log_probs)[0].double()
+
+    for threshold in THRESHOLDS:
+        of_threshold = replace(shaping, quadrant_threshold=threshold)
+        parts = [loss_of(shape_advantages("quadrant", of_threshold, only=[name])) for name in QUADRANTS]
+        sums, gradient, size = reference_sums(inputs, LossSettings())
+        assert {"loss": math.fsum(loss for loss, _ in parts)} == near({"loss": sums.get("loss", Sum())})
+        total = sum(part for _, part in parts)
+        assert ((total - gradient).abs() <= ROUNDING * size).all()
 
 
 def test_gradient_with_respect_to_logits_is_that_of_equation_5() -> None:
@@ -263,7 +272,7 @@ def test_bad_inputs_are_refused_by_name() -> None:
         broken = replace(inputs, **{field: tokens.clone().index_fill(1, torch.tensor([1]), float("nan"))})
         with pytest.raises(ValueError, match=f"^{field} must be finite"):
             policy_loss(broken, EVERYTHING)
-        if field != "rollout_log_probs":  # which this loss does not read
+        if field not in ("rollout_log_probs", "selected"):  # which this loss does not read
             assert math.isnan(policy_loss_unchecked(broken, EVERYTHING).loss)
     for field, loss_settings in (
         ("ref_log_probs", LossSettings(kl_coef=0.1)),
@@ -294,6 +303,10 @@ def test_bad_inputs_are_refused_by_name() -> None:
         ("kl_coef", float("inf")),
         ("kl_estimator", "k4"),
         ("entropy_coef", float("nan")),
+        ("entropy_target", -0.2),
+        ("entropy_coef_step", float("inf")),
+        ("aggregation_length", 0),
+        ("aggregation_length", 2.0),
     ],
 )
 def test_bad_settings_are_refused_by_name(field: str, value: object) -> None:

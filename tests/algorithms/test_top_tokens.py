@@ -16,6 +16,9 @@ def test_selection_equals_sorting(values: list[float], masked: int, fraction: fl
     tokens = torch.tensor([*values, *[float("nan")] * masked], dtype=torch.float32)[None]
     mask = torch.tensor([[True] * len(values) + [False] * masked], dtype=torch.bool)
     selected = top_tokens(tokens, mask, fraction=fraction)
+    count = max(1, round(fraction * len(values)))
+    assert torch.equal(selected, top_tokens(tokens, mask, count=count))
+    assert torch.equal(mask, top_tokens(tokens, mask, count=len(values) + 1))
     if values:
         descending = sorted(tokens[0, : len(values)].tolist(), reverse=True)
         threshold = descending[max(1, round(fraction * len(values))) - 1]

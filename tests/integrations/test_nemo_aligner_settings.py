@@ -44,6 +44,7 @@ def test_every_configuration_is_sound(name: str) -> None:
         ("trainer.reinforce.algorithm.loss.eps_low=0", "trainer.reinforce.algorithm.loss.eps_low must be in"),
         ("+trainer.reinforce.algorithm.loss.clip=0.2", "trainer.reinforce.algorithm.loss.clip is not a key of"),
         ("+trainer.reinforce.algorithm.correction={name: tis}", "trainer.reinforce.algorithm.correction needs log-pr"),
+        ("+trainer.reinforce.algorithm.loss.entropy_target=0.2", "trainer.reinforce.algorithm.loss.entropy_target mak"),
         ("trainer.reinforce.initial_policy_kl_penalty=0.1", "trainer.reinforce.initial_policy_kl_penalty must be"),
         ("trainer.reinforce.num_rollouts_per_prompt=1", "trainer.reinforce.num_rollouts_per_prompt is 1"),
         ("model.global_batch_size=100", "model.global_batch_size 100 must be a multiple of"),
@@ -55,7 +56,7 @@ def test_a_wrong_key_is_named(override: str, message: str) -> None:
         check_config(configuration("gpt_eapo_actor", override))
 
 
-@pytest.mark.parametrize("field", ["rollout_log_probs", "ref_log_probs"])
+@pytest.mark.parametrize("field", ["rollout_log_probs", "ref_log_probs", "selected"])
 def test_a_loss_that_reads_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     @reads(field)
     def gap(inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -63,7 +64,8 @@ def test_a_loss_that_reads_what_is_not_there_is_refused(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(LOSSES, "gap", gap)
     key = "trainer.reinforce.algorithm.loss"
-    with pytest.raises(ValueError, match=rf"^{key} needs log-probs of the (rollouts|initial policy), which"):
+    sentence = "'gap' marks tokens over" if field == "selected" else r"needs log-probs of the (rollouts|initial policy)"
+    with pytest.raises(ValueError, match=rf"^{key} {sentence}"):
         check_config(configuration("gpt_eapo_actor", f"{key}.name=gap", f"~{key}.eps_low", f"~{key}.eps_high"))
 
 

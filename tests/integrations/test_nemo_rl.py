@@ -136,6 +136,8 @@ def test_the_loss_names_its_protocol() -> None:
     ("settings", "message"),
     [
         (LossSettings(aggregation="group_token_mean"), "aggregation 'group_token_mean' needs whole groups"),
+        (LossSettings("kl_cov"), "the loss 'kl_cov' marks tokens over the optimizer step"),
+        (LossSettings(entropy_target=0.2), "entropy_target makes entropy_coef a state of the run"),
         (LossSettings(entropy_coef=0.1), "the loss 'clipped_surrogate' with entropy_coef 0.1 needs entropies"),
     ],
 )

@@ -134,6 +134,27 @@ def test_vllm_beside_the_policy_takes_its_weights_and_cache() -> None:
     assert "vLLM's weights" in text.getvalue()
 
 
+def test_a_reference_policy_takes_its_weights_where_it_is() -> None:
+    """Qwen2.5-7B at TP 2 in bfloat16: two bytes of each of a rank's parameters."""
+    without, kept = plan_of(DENSE), plan_of(DENSE, "algorithm.loss.kl_coef=0.04")
+    on_host = plan_of(DENSE, "algorithm.loss.kl_coef=0.04", "algorithm.reference_on_host=true")
+    weights = 2 * kept.layout.parameters(0).total
+    assert weights > 7_615_616_512
+    assert (without.memory.reference, kept.memory.reference, on_host.memory.reference) == (0, weights, weights)
+    assert kept.memory.training_peak == without.memory.training_peak + weights
+    assert kept.memory.rollout_peak == without.memory.rollout_peak + weights
+    assert on_host.memory.training_peak == without.memory.training_peak
+    assert on_host.memory.rollout_peak == without.memory.rollout_peak
+    assert on_host.memory.reference_peak == kept.memory.reference_peak == without.memory.resident + weights
+    assert kept.work["reference"] == kept.work["scoring"]
+    assert "reference" not in without.work
+    text = io.StringIO()
+    for plan in (without, on_host):
+        print_plan(plan, Console(width=120, file=text))
+    assert text.getvalue().count("reference policy") == 1
+    assert "frozen, on the host between uses" in text.getvalue()
+
+
 def test_the_report_names_every_part() -> None:
     text = io.StringIO()
     print_plan(plan_of(DENSE), Console(width=120, file=text))

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from torch import Tensor
 
+import methods
 import rollouts
 from checkpoints import MORE_STEPS, loaded, resumed_exactly
 from eapo_megatron.algorithms import Algorithm, eapo_advantages, group_advantages, loss_weights
@@ -62,7 +63,10 @@ def measure(name: str, models: Path, out: Path) -> None:
     )
     policy = build_policy(source.hf_config, model, parallel, runtime)
     load_weights(policy.modules, policy.hf_config, source)
-    results = {"export": right_after_loading(policy, source)}
+    results: dict[str, Any] = {"export": right_after_loading(policy, source)}
+    if layout.methods:
+        results["methods"] = methods.measured(policy, layout, model, parallel, complete_gradients)
+        load_weights(policy.modules, policy.hf_config, source)
     results |= measure_training(policy, layout, model, out / (layout.continues or name))
     if layout.rollouts:
         load_weights(policy.modules, policy.hf_config, source)

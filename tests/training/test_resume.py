@@ -94,6 +94,49 @@ def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arith
     assert kept[-3:] == ["step_000004", "step_000005", "step_000006"]
 
 
+STATEFUL = [
+    "algorithm.shaping_policy=current",
+    "algorithm.reference_on_host=true",
+    "algorithm.loss={name: clip_cov, fraction: 0.1, covariance_low: -9, covariance_high: 9}",
+    "algorithm.loss.kl_coef=0.2",
+    "algorithm.loss.entropy_target=9",
+    "algorithm.loss.entropy_coef_step=0.01",
+]
+
+
+def test_what_methods_keep_survives_a_resume_bit_for_bit(arithmetic: Path, tmp_path: Path) -> None:
+    """Clip-Cov's draws, the adaptive entropy bonus, and the reference policy of a warm-started run."""
+    whole, moved = (tmp_path / runs / "methods" for runs in ("runs", "moved"))
+    train(arithmetic, "name=methods", "train.steps=4", *STATEFUL)
+    lines = metrics(whole)
+    assert [line["entropy_bonus/coefficient"] for line in lines[1:]] == pytest.approx([0.0, 0.01, 0.02, 0.03])
+    assert all(0 < line["selected_share"] < 0.2 for line in lines[1:])
+    assert lines[4]["loss/kl"] > lines[1]["loss/kl"] > 0  # two updates a step: the second one has left the start
+    shutil.copytree(whole, moved)
+    for step in (3, 4):
+        shutil.rmtree(moved / "checkpoints" / f"step_{step:06d}")
+    overrides = ["name=methods", "train.steps=4", *STATEFUL, f"logging.run_dir={moved.parent}"]
+    assert "resumed from step 2" in train(arithmetic, *overrides)
+    assert not (moved.parent / ".warm_start").exists()
+    assert metrics(moved) == lines
+    ours = tensors(moved / "checkpoints" / "step_000004", tmp_path / "moved.pt")
+    theirs = tensors(whole / "checkpoints" / "step_000004", tmp_path / "whole.pt")
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+    shutil.rmtree(moved / "checkpoints" / "step_000004")
+    at_tp1 = ["parallel.tensor_model_parallel_size=1", "train.micro_batch_size=3"]
+    train(arithmetic, *overrides, *at_tp1)
+    for name, value in lines[4].items():
+        assert metrics(moved, first_step=4)[0][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    shutil.rmtree(moved / "checkpoints" / "step_000004")
+    file = next((moved / "reference").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert "the reference policy is damaged: " in train(arithmetic, *overrides, expect=2)
+    shutil.rmtree(moved / "reference")
+    said = train(arithmetic, *overrides, expect=2)
+    assert f"{moved / 'reference'} is not there: the run cannot go on without the reference policy" in said
+
+
 def test_replicas_that_share_experts_go_on_at_tp2(arithmetic: Path, tmp_path: Path) -> None:
     text = arithmetic.read_text().replace("model_type: qwen2", f"model_type: qwen3_moe, {EXPERTS}")
     arithmetic.write_text(text.replace("tensor_model_parallel_size: 2", "expert_model_parallel_size: 2"))

@@ -137,6 +137,16 @@ def check_config(cfg: DictConfig) -> None:
             "trainer.reinforce.algorithm.loss needs log-probs of the initial policy, which NeMo-Aligner has with a "
             "kl_coef alone"
         )
+    if algorithm.needs.selected:
+        raise ValueError(
+            f"trainer.reinforce.algorithm.loss {algorithm.loss_settings.loss!r} marks tokens over the optimizer step, "
+            "which this trainer does not do"
+        )
+    if algorithm.needs.entropy_control:
+        raise ValueError(
+            "trainer.reinforce.algorithm.loss.entropy_target makes entropy_coef a state of the run, which "
+            "NeMo-Aligner's checkpoints do not keep"
+        )
     if algorithm.needs.rollout_log_probs:
         part = "correction" if algorithm.correction.is_on else "loss"
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eapo_megatron.algorithms import Algorithm
 
-ESTIMATOR_KEYS = ("advantage_estimator", "shaping")
+ESTIMATOR_KEYS = ("advantage_estimator", "shaping", "quadrant_threshold")
 
 
 class EAPOAdvantageEstimator:

@@ -32,6 +32,12 @@ class EAPOLossFn:
         settings, aggregation = algorithm.loss_settings, algorithm.loss_settings.aggregation
         if aggregation not in ("token_mean", "seq_mean_token_mean"):
             raise ValueError(f"aggregation {aggregation!r} needs whole groups, which NeMo-RL's losses do not see")
+        if algorithm.needs.selected:
+            raise ValueError(
+                f"the loss {settings.loss!r} marks tokens over the optimizer step, of which NeMo-RL's losses see a part"
+            )
+        if algorithm.needs.entropy_control:
+            raise ValueError("entropy_target makes entropy_coef a state of the run, which NeMo-RL's losses do not keep")
         if algorithm.needs.entropy_grad:
             raise ValueError(
                 f"the loss {settings.loss!r} with entropy_coef {settings.entropy_coef} needs entropies: "
