@@ -100,6 +100,7 @@ def train_step(run: Run) -> dict[str, float]:
             batch.rewards, batch.group_ids, batch.mask, log_probs=old_log_probs, entropies=entropies
         )
         corrections = algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask)
+    run.record_tokens(groups.prompts, batch, old_log_probs, entropies, advantages)
     updates = []
     with run.timer("update"):
         for rows in run.optimizer_steps(batch):
