@@ -32,7 +32,7 @@ QUADRANT_HATCHES = {"phr": "", "plr": "...", "nhr": "xx", "nlr": "//"}
 _INK, _GRID = "#1c2024", "#ebe8e1"
 _WIDTHS = {1: 4.7, 2: 4.7, 3: 3.9}  # of a panel in inches, by the columns of its figure
 _HEIGHT, _LEGEND_ROW = 2.75, 0.2  # inches
-_LEGEND_CHARACTERS = 12  # in an inch of a legend
+_LEGEND_CHARACTERS = 13.5  # in an inch of a legend
 STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -181,7 +181,7 @@ def _fit(canvas: Canvas, width: float, height: float) -> None:
     }
     rows = 0
     if handles:
-        longest = max(map(len, handles)) + 6
+        longest = max(map(len, handles)) + 5
         columns = max(1, min(len(handles), int(width * _LEGEND_CHARACTERS / longest)))
         rows = -(-len(handles) // columns)
         canvas.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns, columnspacing=1.4)

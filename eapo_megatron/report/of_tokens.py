@@ -43,7 +43,7 @@ def entropy_histograms(experiments: Sequence[Experiment]) -> Figure | str:
     ]
     high = np.isin(quadrants, [QUADRANTS.index("phr"), QUADRANTS.index("nhr")]).mean()
     caption = (
-        f"Most tokens are nearly certain; {100 * high:.0f} % lie in a high-entropy quadrant. Counts are on a log scale. "
+        f"Most tokens are nearly certain; {100 * high:.0f} % lie in a high-entropy quadrant. Counts on a log scale. "
         "Low and high overlap because each prompt's group has its own threshold."
     )
     return Figure("entropy_histograms", "Entropy of tokens", caption, panels)

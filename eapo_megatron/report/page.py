@@ -163,11 +163,10 @@ def _first_row(tokens: Tokens) -> int:
 
 def _lead(runs: Sequence[RecordedRun]) -> str:
     experiments = len({run.experiment for run in runs})
-    counts = f"{len(runs)} runs" if len(runs) > 1 else "One run"
-    of = f" of {experiments} settings" if 1 < experiments < len(runs) else ""
+    said = [f"{len(runs)} runs of {experiments} settings"] if 1 < experiments < len(runs) else []
     recorded = sum(int(run.tokens.offsets[-1]) for run in runs if run.tokens is not None)
-    tokens = f", {recorded:,} tokens recorded" if recorded else ""
-    return f"{counts}{of}{tokens}."
+    said.append(f"{recorded:,} tokens recorded" if recorded else "no tokens recorded (logging.record_tokens)")
+    return ", ".join(said) + "."
 
 
 def _run_line(run: RecordedRun) -> str:
@@ -180,14 +179,13 @@ def summary(run: RecordedRun) -> str:
     said = []
     if run.metrics:
         said.append(f"{run.metrics[-1]['step']} steps" + (" so far" if run.is_running else ""))
-    for metric, name, form in (
-        ("held_out/solve_rate", "held-out solve rate", lambda value: f"{100 * value:.1f} %"),
-        ("rollout/solve_rate", "solve rate in training", lambda value: f"{100 * value:.1f} %"),
-        ("entropy/mean", "entropy", lambda value: f"{value:.3f} nats"),
+    for metrics, name, scale, unit in (
+        (("held_out/solve_rate", "rollout/solve_rate"), "solve rate", 100, "%"),
+        (("entropy/mean",), "entropy", 1, "nats"),
     ):
-        _, values = run.series(metric)
-        if len(values):
-            said.append(f"{name} {form(values[0])} \u2192 {form(values[-1])}")
+        values = next((values for metric in metrics if len(values := run.series(metric)[1])), None)
+        if values is not None:
+            said.append(f"{name} {scale * values[0]:.3g} \u2192 {scale * values[-1]:.3g}\u00a0{unit}")
     _, lengths = run.series("response_length/total")
     if len(lengths):
         said.append(f"{int(lengths.sum()):,} response tokens")

@@ -70,7 +70,7 @@ class Tokens:
         return np.cumsum(np.append(False, (keys[:, 1:] != keys[:, :-1]).any(axis=0))) if len(self) else np.zeros(0, int)
 
     def group_entropies(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and population standard deviation (nats) of the token entropies of each response's group: float64 [R]."""
+        """Mean and population std (nats) of the token entropies of each response's group: float64 [R]."""
         group_of = self.group_of
         of_tokens, values = group_of[self.row_of], self.entropies.astype(np.float64)
         counts = np.maximum(np.bincount(of_tokens), 1)

@@ -56,7 +56,7 @@ def write_report(folders: Sequence[Path], out: Path, *, reload_seconds: int = 0)
     figures = [figure for figure in drawn if isinstance(figure, Figure)]
     left_out = [reason for reason in drawn if isinstance(reason, str)]
     paths = save_figures(figures, out / "figures")
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    title = runs[0].name if len(runs) == 1 else f"Report of {len(runs)} runs"
     page = make_page(
         runs,
         [figure for figure in figures if figure.on_page],
