@@ -13,6 +13,13 @@ from typing import Any
 
 CHROMIUM = "chromium"
 _PATIENCE_SECONDS = 60
+_MIDDLE = """
+globalThis.middleOf = element => {
+  element.scrollIntoView({block: "center", behavior: "instant"});
+  const box = element.getClientRects()[0];
+  return [box.x + box.width / 2, box.y + box.height / 2];
+}; 0
+"""
 
 
 class Page:
@@ -66,6 +73,7 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=path.as_uri())
         self.wait("document.documentElement && document.documentElement.dataset.ready")
+        self.run(_MIDDLE)
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, JSON-like."""
@@ -85,10 +93,7 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def hover(self, selector: str) -> None:
-        box = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
-            " const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()"
-        )
+        box = self.run(f"middleOf(document.querySelector({json.dumps(selector)}))")
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
 
 

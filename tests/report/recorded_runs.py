@@ -46,7 +46,7 @@ def _step(step: int, seed: int, algorithm: Algorithm) -> tuple[list[Any], dict[s
     examples = arithmetic_examples("train", seed=step, size=2, num_terms=[3])
     prompts = [Prompt(i, example.prompt, [3], example.answer, None) for i, example in enumerate(examples)]
     texts = [example.solution for example in examples for _ in range(4)]
-    ids = [TOKENIZER.encode(text)[: source.randrange(8, len(text))] + [1] for text in texts]
+    ids = [[*TOKENIZER.encode(text)[: source.randrange(8, len(text))], 1] for text in texts]
     responses = Responses.of_lists(ids, log_probs=[[-source.random() for _ in row] for row in ids])
     group_ids = torch.tensor([0] * 4 + [1] * 4)
     rewards = torch.tensor([1.0, -1.0] * 4)

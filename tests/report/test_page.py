@@ -83,9 +83,8 @@ def check_token(said: dict[str, str], rows: list[dict], row: dict, i: int) -> No
     assert said.keys() == expected.keys()
     for name, value in expected.items():
         # Four decimals, or three digits of what is small; float32 statistics.
-        assert float(said[name].removesuffix(" nats")) == pytest.approx(
-            value, abs=6e-5, rel=6e-3 if abs(value) < 1e-3 else 1e-4
-        ), name
+        close = pytest.approx(value, abs=6e-5, rel=6e-3 if abs(value) < 1e-3 else 1e-4)
+        assert float(said[name].removesuffix(" nats")) == close, name
 
 
 @pytest.mark.parametrize("number", [0, 13, 47])
