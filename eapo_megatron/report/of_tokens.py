@@ -17,7 +17,7 @@ from eapo_megatron.report.recordings import Tokens
 
 _BINS = 48
 _WORDS = 15  # on either side
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(r"<\|?\w+\|?>|\w+|[^\w\s]")  # a special token is one word
 _MOST_TOKENS = 200_000  # that words are read from
 _COLUMNS, _ROWS = 92, 14  # of a response that is drawn
 _SHOWN_METHODS = 6

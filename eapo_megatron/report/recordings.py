@@ -23,6 +23,7 @@ from eapo_megatron.run_lock import check_unlocked
 from eapo_megatron.saved_recipe import RECIPE_FILE
 
 EVALUATION_FOLDER = "evaluation"
+MOST_TOKENS = 1_500_000  # of a run that are read: what a page of one file can hold
 _FREE_KEYS = ("name", "seed", "logging", "cluster", "parallel", "checkpoint", "evaluation")  # may differ between seeds
 
 
@@ -201,22 +202,36 @@ def read_evaluations(folder: Path, notes: list[str]) -> dict[str, dict[int, floa
 
 
 def _read_tokens(folder: Path, notes: list[str]) -> Tokens | None:
-    parts = [part for path in recorded_steps(folder).values() for part in _read_file(path, notes)]
+    files = [file for path in recorded_steps(folder).values() if (file := _open(path, notes)) is not None]
+    total = sum(_token_count(file) for _, file in files)
+    every = max(1, -(-total // MOST_TOKENS))
+    if every > 1:
+        notes.append(f"{folder}: {total:,} tokens are recorded; of these the report reads 1 recorded step in {every}")
+    parts = [part for path, file in files[::-every][::-1] for part in _whole_groups(path, file, notes)]
     return _tokens(pa.concat_tables(parts)) if parts else None
 
 
-def _read_file(path: Path, notes: list[str]) -> list[pa.Table]:
-    """The row groups of a file that are whole."""
+def _open(path: Path, notes: list[str]) -> tuple[Path, pq.ParquetFile] | None:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         notes.append(f"{path} is damaged and left out: {_first_line(error)}")
-        return []
+        return None
     metadata = file.schema_arrow.metadata or {}
     version = int(metadata.get(b"eapo_megatron.tokens", b"0"))
     if version != VERSION:
         notes.append(f"{path} is of version {version} of the token records, this reads {VERSION}: left out")
-        return []
+        return None
+    return path, file
+
+
+def _token_count(file: pq.ParquetFile) -> int:
+    column = SCHEMA.names.index("token_ids")
+    return sum(file.metadata.row_group(number).column(column).num_values for number in range(file.num_row_groups))
+
+
+def _whole_groups(path: Path, file: pq.ParquetFile, notes: list[str]) -> list[pa.Table]:
+    """The row groups of a file that can be read."""
     parts = []
     for number in range(file.num_row_groups):
         try:

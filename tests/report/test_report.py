@@ -19,6 +19,7 @@ from recorded_runs import write_run
 from eapo_megatron import cli
 from eapo_megatron.config import RecipeError
 from eapo_megatron.records.tokens import recorded_steps
+from eapo_megatron.report import recordings
 from eapo_megatron.report.recordings import read_run
 from eapo_megatron.report.report import PAGE_FILE, write_demo, write_report
 from eapo_megatron.run_lock import RunLock
@@ -90,6 +91,18 @@ def test_a_damaged_row_group_is_left_out_and_named(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1")
     (note,) = read_run(run).notes
     assert note.startswith(f"{path} is damaged and left out")
+
+
+def test_of_more_tokens_than_a_page_holds_some_steps_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", steps=8)
+    everything = read_run(run).tokens
+    assert everything is not None
+    total = int(everything.offsets[-1])
+    monkeypatch.setattr(recordings, "MOST_TOKENS", total // 2)
+    read = read_run(run)
+    assert read.tokens is not None
+    assert set(read.tokens.steps) == {2, 5, 8}
+    assert read.notes == [f"{run}: {total:,} tokens are recorded; of these the report reads 1 recorded step in 3"]
 
 
 def test_records_of_another_version_are_left_out_and_named(tmp_path: Path) -> None:
