@@ -166,7 +166,7 @@ def _draw_words(ranked: Sequence[tuple[str, float, int]], colour: str, axis: Axe
 def _places(tokens: Tokens, row: int) -> list[tuple[int, str, int, int]]:
     """The response's characters on a grid: (token, character, line, column)."""
     line = column = 0
-    found = []
+    found: list[tuple[int, str, int, int]] = []
     for token in range(int(tokens.offsets[row]), int(tokens.offsets[row + 1])):
         for character in tokens.texts[tokens.text_of[token]]:
             if character == "\n" or column == _COLUMNS:

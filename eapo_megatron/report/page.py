@@ -188,7 +188,7 @@ def summary(run: RecordedRun) -> str:
             said.append(f"{name} {scale * values[0]:.3g} \u2192 {scale * values[-1]:.3g}\u00a0{unit}")
     _, lengths = run.series("response_length/total")
     if len(lengths):
-        said.append(f"{int(lengths.sum()):,} response tokens")
+        said.append(f"{int(lengths.sum()):,} tokens")
     if run.tokens is not None:
         said.append(f"{int(run.tokens.group_of[-1]) + 1} groups recorded")
     return " \u00b7 ".join(said)
@@ -196,9 +196,11 @@ def summary(run: RecordedRun) -> str:
 
 def _figure(figure: Figure) -> str:
     panels = svg_panels(figure)
-    shape = f"panels of-{column_count(figure)}"
+    columns = column_count(figure)
+    kind = "card of-one" if columns == 1 and not figure.broad else "card"
     heading = f"<h3>{html.escape(figure.title)}</h3><figcaption>{html.escape(figure.caption)}</figcaption>"
-    return f'<figure class="card" id="{figure.name}">{heading}<div class="{shape}">{"".join(panels)}</div></figure>'
+    drawn = f'<div class="panels of-{columns}">{"".join(panels)}</div>'
+    return f'<figure class="{kind}" id="{figure.name}">{heading}{drawn}</figure>'
 
 
 def _left_out(reasons: Sequence[str]) -> str:

@@ -167,7 +167,7 @@ class Run:
                 quadrants=quadrant_masks(
                     batch.rewards, entropies, batch.mask, batch.group_ids, positive_threshold=threshold
                 ),
-                decode=self.sampler.tokenizer.decode,
+                decode=lambda ids: str(self.sampler.tokenizer.decode(ids)),
             )
             self.records.tokens.write(step, tables)
 
