@@ -32,7 +32,7 @@ setup(
     packages=find_packages(include=["eapo_megatron", "eapo_megatron.*"]),
     package_data={
         "eapo_megatron": ["py.typed", "launch/*.sh", "launch/slurm/*.sbatch", "recipes/*.yaml"],
-        "eapo_megatron.report": ["page.html", "demo/*/*.json*", "demo/*/*/*.parquet"],
+        "eapo_megatron.report": ["page.html", "demo/*/*.json*", "demo/*/*/*.json", "demo/*/*/*.parquet"],
     },
     install_requires=["torch>=2.6"],
     extras_require={

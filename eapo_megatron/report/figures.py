@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ STYLE = {
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
     "text.color": _INK,
+    "text.parse_math": False,
     "xtick.color": _INK,
     "ytick.color": _INK,
     "xtick.major.width": 0.6,
@@ -191,7 +193,9 @@ def _fit(canvas: Canvas, width: float, height: float) -> None:
 def _bytes_of(canvas: Canvas, form: str, **options: Any) -> bytes:
     sink = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else None  # the same records give the same bytes
-    canvas.savefig(sink, format=form, metadata=metadata, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of some scripts: a box in the PNG, text in the SVG
+        canvas.savefig(sink, format=form, metadata=metadata, **options)
     return sink.getvalue()
 
 

@@ -118,6 +118,8 @@ def word_entropies(recorded: Sequence[Tokens]) -> list[tuple[str, float, int]]:
             for match in _WORD.finditer("".join(texts)):
                 first = np.searchsorted(ends, match.start(), side="right")
                 last = np.searchsorted(ends, match.end() - 1, side="right")
+                if not match[0].isprintable():
+                    continue  # XML, and so SVG, cannot hold it
                 mean = float(tokens.entropies[begin + first : begin + last + 1].mean())
                 found.setdefault(match[0], []).append(mean)
     least = max(5, sum(map(len, found.values())) // 2000)
@@ -156,8 +158,7 @@ def _draw_advantages(recorded: Sequence[Tokens], axis: Axes) -> None:
 def _draw_words(ranked: Sequence[tuple[str, float, int]], colour: str, axis: Axes) -> None:
     places = range(len(ranked))
     axis.barh(places, [mean for _, mean, _ in ranked], color=colour, height=0.7)
-    # A dollar sign would begin a formula.
-    axis.set_yticks(places, [word.replace("$", r"\$") for word, _, _ in ranked], family="monospace")
+    axis.set_yticks(places, [word for word, _, _ in ranked], family="monospace")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
@@ -189,7 +190,7 @@ def _draw_response(tokens: Tokens, row: int, top: float, axis: Axes) -> None:
         colour = to_rgb(QUADRANT_COLOURS[QUADRANTS[tokens.quadrants[token]]])
         shade = 0.05 + 0.62 * min(float(tokens.entropies[token]) / top, 1.0)
         axis.add_patch(Rectangle((column, line), 1, 1, color=(*colour, shade), linewidth=0))
-        shown = r"\$" if character == "$" else character
+        shown = character if character.isprintable() else "\u00b7"
         axis.text(column + 0.5, line + 0.55, shown, ha="center", va="center", family="monospace", fontsize=8)
     axis.set_xlim(0, max(_COLUMNS * 2 // 3, max((column for *_, column in places), default=0) + 1))
     axis.set_ylim(max((line for _, _, line, _ in places), default=0) + 1, 0)

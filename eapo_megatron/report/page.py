@@ -73,7 +73,7 @@ def make_page(
         "figures": "\n".join(_figure(figure) for figure in figures),
         "left_out": _left_out(left_out),
         "made": html.escape(made),
-        "data": json.dumps(data).replace("</", "<\\/"),
+        "data": json.dumps(data).replace("<", "\\u003c"),
         "blocks": "\n".join(blocks.elements),
     }
     page = files("eapo_megatron.report").joinpath("page.html").read_text(encoding="utf-8")

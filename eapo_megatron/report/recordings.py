@@ -6,6 +6,7 @@ A run that is damaged or still running is read as far as it goes; `notes` says i
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,11 @@ from eapo_megatron.algorithms import QUADRANTS
 from eapo_megatron.config import RecipeError
 from eapo_megatron.records.records import METRICS_FILE
 from eapo_megatron.records.tokens import SCHEMA, VERSION, recorded_steps
-from eapo_megatron.run_lock import check_unlocked
+from eapo_megatron.run_lock import DEAD_AFTER_SECONDS, LOCK_FILE, check_unlocked
 from eapo_megatron.saved_recipe import RECIPE_FILE
 
 EVALUATION_FOLDER = "evaluation"
+_USUAL_LOSS = "clipped_surrogate"
 MOST_TOKENS = 1_500_000  # of a run that are read: what a page of one file can hold
 _FREE_KEYS = ("name", "seed", "logging", "cluster", "parallel", "checkpoint", "evaluation")  # may differ between seeds
 
@@ -104,17 +106,20 @@ class RecordedRun:
 
     @property
     def method(self) -> str:
-        """The shaping by name, or the estimator where there is none."""
-        algorithm = self.recipe.get("algorithm", {})
-        shaping = algorithm.get("shaping", {})
-        if not shaping:
+        """The recipe's method, or the loss, shaping or estimator that is not the usual one, by name."""
+        algorithm = self.recipe.get("algorithm")
+        if not algorithm:
             return self.name
-        name = shaping.get("name", "eapo")
-        if name == "none":
-            return algorithm.get("advantage_estimator", "grpo")
-        if name == "quadrant":
-            return "+".join(shaping.get("quadrants", [name]))
-        return f"eapo, \u03b1 = {self.alpha:g}" if name == "eapo" else name
+        shaping = algorithm.get("shaping", {})
+        loss, shaped = algorithm.get("loss", {}).get("name", _USUAL_LOSS), shaping.get("name", "eapo")
+        name = self.recipe.get("method")
+        if name is None and loss != _USUAL_LOSS:
+            name = loss
+        elif name is None and shaped == "none":
+            name = algorithm.get("advantage_estimator", "grpo")
+        elif name is None:
+            name = "+".join(shaping["only"]) if shaped == "quadrant" and "only" in shaping else shaped
+        return name if self.alpha is None else f"{name}, \u03b1 = {self.alpha:g}"
 
     @property
     def experiment(self) -> str:
@@ -158,6 +163,8 @@ def _is_running(folder: Path) -> bool:
         check_unlocked(folder)
     except RecipeError:
         return True
+    except OSError:  # the folder is someone else's, and judging a heartbeat by its clock takes a file there
+        return time.time() - (folder / LOCK_FILE).stat().st_mtime < DEAD_AFTER_SECONDS
     return False
 
 

@@ -182,3 +182,19 @@ def test_follow_refreshes_and_ctrl_c_ends_it_with_code_0(tmp_path: Path) -> None
     assert process.returncode == 0, errors
     assert "Ctrl-C ends this" in said
     assert '"reload": 0' in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    [
+        ({"algorithm": {"shaping": {"name": "eapo", "alpha": 0.5}}}, "eapo, \u03b1 = 0.5"),
+        ({"algorithm": {"shaping": {"name": "none"}, "advantage_estimator": "rloo"}}, "rloo"),
+        ({"algorithm": {"shaping": {"name": "quadrant", "only": ["phr", "plr"]}}}, "phr+plr"),
+        ({"algorithm": {"shaping": {"name": "none"}, "loss": {"name": "gspo"}}}, "gspo"),
+        ({"method": "dapo", "algorithm": {"shaping": {"name": "none"}}}, "dapo"),
+        ({}, "folder"),
+    ],
+)
+def test_a_run_goes_by_its_method(recipe: dict, method: str) -> None:
+    run = recordings.RecordedRun(Path("folder"), recipe, [], {}, None, is_running=False)
+    assert run.method == method
