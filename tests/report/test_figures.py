@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -14,6 +17,7 @@ from matplotlib.figure import Figure as Canvas
 from recorded_runs import write_run
 
 from eapo_megatron.algorithms import QUADRANTS
+from eapo_megatron.records.tokens import recorded_steps
 from eapo_megatron.report import of_steps, of_tokens
 from eapo_megatron.report.figures import Figure, Panel, experiments_of, save_figures, svg_panels
 from eapo_megatron.report.recordings import RecordedRun, read_run
@@ -126,3 +130,21 @@ def test_each_figure_is_two_files_and_the_same_again(runs: list[RecordedRun], tm
     again = save_figures(figures[:2], tmp_path / "b")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths[:4]]
     assert all("\u03b1 = 0.2" in panel and "currentColor" in panel for panel in svg_panels(figures[0]))
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_text_that_is_no_formula_and_no_markup(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=2)
+    for path in recorded_steps(run).values():
+        table = pq.read_table(path)
+        strange = ["$x$", "\x07", "\u6f22", "<b>", "&", "\x00", "]]>", "\\frac", "\U0001f600"]
+        texts = [[strange[i % len(strange)] for i in range(len(row))] for row in table["texts"].to_pylist()]
+        column = table.schema.get_field_index("texts")
+        pq.write_table(table.set_column(column, table.schema.field("texts"), pa.array(texts)), path)
+    figures = [figure(function, [read_run(run)]) for function in (of_tokens.words, of_tokens.shaded_response)]
+    drawn = [ElementTree.fromstring(panel) for made in figures for panel in svg_panels(made)]
+    shown = " ".join(text for panel in drawn for text in panel.itertext())
+    assert all(word in shown for word in ("$", "frac", "\u6f22", "<b>"))
+    for path in save_figures(figures, tmp_path / "figures"):
+        if path.suffix == ".svg":
+            ElementTree.parse(path)
