@@ -115,19 +115,24 @@ def pass_at_k(experiments: Sequence[Experiment]) -> Figure | str:
 
 def alpha_sweep(experiments: Sequence[Experiment]) -> Figure | str:
     """Accuracy at the end against EAPO's alpha (Figure 7)."""
-    points = [
-        (alpha, values)
-        for e in experiments
-        if (alpha := e.runs[0].alpha) is not None and (values := [x for run in e.runs if (x := _at_the_end(run))])
-    ]
-    if len({alpha for alpha, _ in points}) < 2:
+    known = [(alpha, _ends(e)) for e in experiments if (alpha := e.runs[0].alpha) is not None]
+    ends = dict(known)
+    if len(ends) < len(known):
+        return "alpha sweep: runs of one alpha differ in other settings too"
+    if len(ends) < 2:
         return "alpha sweep: it needs runs of eapo with at least two values of alpha"
-    plain = [x for e in experiments if e.runs[0].method == "grpo" for run in e.runs if (x := _at_the_end(run))]
+    plain = next((_ends(e) for e in experiments if e.runs[0].method == "grpo"), {})
+    # A seed that some lack would be compared with other seeds.
+    shared = set.intersection(*(set(of_seeds) for of_seeds in ends.values()))
+    if not shared:
+        return "alpha sweep: no seed has a run of each alpha"
+    points = [(alpha, [of_seeds[seed] for seed in sorted(shared)]) for alpha, of_seeds in ends.items()]
+    level = [end for seed, end in plain.items() if seed in shared]
     caption = (
         f"Solve rate at the end of training, the mean of the last {_LAST_EVALUATIONS} evaluations, for each strength "
-        "of EAPO's entropy term. Small dots are runs."
+        "of EAPO's entropy term. Only seeds that have a run of each strength count; small dots are runs."
     )
-    panels = [Panel("Accuracy against \u03b1", partial(_draw_alphas, points, plain))]
+    panels = [Panel("Accuracy against \u03b1", partial(_draw_alphas, points, level))]
     return Figure("alpha_sweep", "How strong the entropy term should be", caption, panels)
 
 
@@ -221,12 +226,14 @@ def _draw_pass_at_k(experiments: Sequence[Experiment], benchmark: str, axis: Axe
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def _at_the_end(run: RecordedRun) -> float | None:
-    for name in (HELD_OUT, IN_TRAINING):
-        _, values = run.series(name)
-        if len(values):
-            return float(values[-_LAST_EVALUATIONS:].mean())
-    return None
+def _ends(experiment: Experiment) -> dict[int, float]:
+    """The solve rate at the end, by seed."""
+    found = {}
+    for run in experiment.runs:
+        values = [values for name in (HELD_OUT, IN_TRAINING) if len(values := run.series(name)[1])]
+        if values:
+            found[run.recipe.get("seed", 0)] = float(values[0][-_LAST_EVALUATIONS:].mean())
+    return found
 
 
 def _draw_alphas(points: Sequence[tuple[float, list[float]]], plain: Sequence[float], axis: Axes) -> None:

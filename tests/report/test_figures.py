@@ -119,7 +119,7 @@ def test_pass_at_k_and_the_alpha_sweep(runs: list[RecordedRun]) -> None:
     (panel,) = figure(of_steps.alpha_sweep, runs).panels
     sweep = axes_of(panel).lines[0]
     np.testing.assert_allclose(sweep.get_xdata(), [0.2, 1.0])
-    np.testing.assert_allclose(sweep.get_ydata(), [5 / 12 + 0.015, 5 / 12 + 0.01])
+    np.testing.assert_allclose(sweep.get_ydata(), [5 / 12 + 0.01, 5 / 12 + 0.01])  # of the seed that both have
 
 
 def test_each_figure_is_two_files_and_the_same_again(runs: list[RecordedRun], tmp_path: Path) -> None:
