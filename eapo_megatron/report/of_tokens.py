@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter
 
 from eapo_megatron.algorithms import QUADRANTS
 from eapo_megatron.report.figures import QUADRANT_COLOURS, QUADRANT_HATCHES, Experiment, Figure, Panel
@@ -141,7 +142,14 @@ def _draw_entropies(entropies: np.ndarray, quadrants: np.ndarray, names: tuple[s
             log=True,
         )
     axis.set_xlabel("entropy (nats)")
+    _count_axis(axis)
+
+
+def _count_axis(axis: Axes) -> None:
+    """A log scale with plain numbers: text is never read as a formula here."""
     axis.set_ylabel("tokens")
+    axis.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_advantages(recorded: Sequence[Tokens], axis: Axes) -> None:
@@ -152,7 +160,7 @@ def _draw_advantages(recorded: Sequence[Tokens], axis: Axes) -> None:
     axis.hist(after, bins=bins, color=QUADRANT_COLOURS["plr"], label="as trained", log=True)
     axis.hist(before, bins=bins, color="#D55E00", histtype="step", linewidth=1.2, label="before shaping", log=True)
     axis.set_xlabel("advantage")
-    axis.set_ylabel("tokens")
+    _count_axis(axis)
 
 
 def _draw_words(ranked: Sequence[tuple[str, float, int]], colour: str, axis: Axes) -> None:

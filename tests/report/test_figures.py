@@ -129,6 +129,7 @@ def test_each_figure_is_two_files_and_the_same_again(runs: list[RecordedRun], tm
     assert all(path.stat().st_size > 2000 for path in paths)
     again = save_figures(figures[:2], tmp_path / "b")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths[:4]]
+    assert not any("$" in panel or "mathdefault" in panel for made in figures for panel in svg_panels(made))
     assert all("\u03b1 = 0.2" in panel and "currentColor" in panel for panel in svg_panels(figures[0]))
 
 
