@@ -34,7 +34,7 @@ _INK, _GRID = "#1c2024", "#ebe8e1"
 _WIDTHS = {1: 4.7, 2: 4.7, 3: 3.9}  # of a panel in inches, by the columns of its figure
 _HEIGHT, _LEGEND_ROW = 2.75, 0.2  # inches
 _LEGEND_CHARACTERS = 13.5  # in an inch of a legend
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,

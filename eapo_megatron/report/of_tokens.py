@@ -129,7 +129,7 @@ def word_entropies(recorded: Sequence[Tokens]) -> list[tuple[str, float, int]]:
 
 
 def _draw_entropies(entropies: np.ndarray, quadrants: np.ndarray, names: tuple[str, str], axis: Axes) -> None:
-    bins = np.linspace(0, max(float(entropies.max(initial=0)), 1e-6), _BINS + 1)
+    bins = np.linspace(0, max(float(entropies.max(initial=0)), 1e-6), _BINS + 1).tolist()
     for name in names:
         values = entropies[quadrants == QUADRANTS.index(name)]
         axis.hist(
@@ -156,7 +156,7 @@ def _draw_advantages(recorded: Sequence[Tokens], axis: Axes) -> None:
     before = np.concatenate([tokens.advantages[tokens.row_of] for tokens in recorded])
     after = np.concatenate([tokens.shaped_advantages for tokens in recorded])
     reach = max(float(np.abs(before).max(initial=0)), float(np.abs(after).max(initial=0)), 1e-6)
-    bins = np.linspace(-reach, reach, 2 * _BINS + 1)
+    bins = np.linspace(-reach, reach, 2 * _BINS + 1).tolist()
     axis.hist(after, bins=bins, color=QUADRANT_COLOURS["plr"], label="as trained", log=True)
     axis.hist(before, bins=bins, color="#D55E00", histtype="step", linewidth=1.2, label="before shaping", log=True)
     axis.set_xlabel("advantage")
