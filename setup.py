@@ -15,7 +15,8 @@ TRAIN = [
     "rich>=13.9",  # progress bars and tables
     "tensorboard>=2.18",  # scalar logs
     "psutil>=6",  # megatron-core's checkpoint writer waits for ever without it
-    "pyarrow>=17",  # Parquet prompts
+    "pyarrow>=17",  # Parquet prompts, token records
+    "matplotlib>=3.9",  # figures of `eapo-megatron report`
     "xxhash>=3.4",  # checksums of checkpoints; hashlib's fastest takes over ten times as long
     "numpy>=1.26",
 ]
@@ -29,7 +30,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["eapo_megatron", "eapo_megatron.*"]),
-    package_data={"eapo_megatron": ["py.typed", "launch/*.sh", "launch/slurm/*.sbatch", "recipes/*.yaml"]},
+    package_data={
+        "eapo_megatron": ["py.typed", "launch/*.sh", "launch/slurm/*.sbatch", "recipes/*.yaml"],
+        "eapo_megatron.report": ["page.html", "demo/*/*.json*", "demo/*/*/*.json", "demo/*/*/*.parquet"],
+    },
     install_requires=["torch>=2.6"],
     extras_require={
         "train": TRAIN,

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -131,6 +132,33 @@ def check(
     _print_table(("checkpoint", "condition"), [row[:2] for row in found])
     if not all(is_whole for *_, is_whole in found):
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN ...]", help="The folders of runs.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")] = Path("report"),
+    demo: Annotated[bool, typer.Option("--demo", help="Report the recorded runs that the package ships.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Refresh it as the runs go on, until Ctrl-C.")] = False,
+) -> None:
+    """Draws the figures of the paper from runs' records, and one HTML page that needs no network.
+
+    The page shows every recorded token (logging.record_tokens) with its quadrant, entropy, log-probs and advantage.
+    """
+    if demo == bool(runs) or (demo and follow):
+        raise RecipeError("report takes the folders of runs, or --demo alone")
+    if find_spec("matplotlib") is None:
+        raise RecipeError("report draws with matplotlib: pip install 'eapo_megatron[train]'")
+    from eapo_megatron.report import report as reports  # torch, matplotlib: seconds
+
+    with _whole_or_nothing(out):
+        if follow:
+            reports.follow(runs or [], out, print)
+            return
+        written = reports.write_demo(out) if demo else reports.write_report(runs or [], out)
+    for note in written.notes:
+        print(note, file=sys.stderr)
+    print(f"{written.page} and {len(written.figures)} files of figures")
 
 
 @app.command()

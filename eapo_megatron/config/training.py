@@ -146,3 +146,7 @@ class Logging(Section):
     """MLflow experiment, which gets each step with the checkpoint that holds it; null: none."""
     samples_per_step: int = Field(4, ge=0)
     """Responses of each step that are written to samples.jsonl."""
+    record_tokens: int = Field(0, ge=0)
+    """Groups of each step whose tokens are recorded in tokens/, for the report; see docs/report.md. 0: none."""
+    record_tokens_max_mib: int = Field(1024, ge=1, le=2**20)
+    """Largest size of tokens/ in MiB: beyond it every second recorded step is dropped, from the start to the end."""

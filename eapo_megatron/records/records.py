@@ -1,6 +1,6 @@
-"""What a run leaves behind: metrics.jsonl, samples.jsonl, TensorBoard (W&B, MLflow), a progress bar, summary.json.
+"""What a run leaves behind: metrics.jsonl, samples.jsonl, tokens, TensorBoard (W&B, MLflow), progress, summary.json.
 
-Only rank 0 writes. A resumed run first drops the lines after its checkpoint, so the files hold each step once.
+Only rank 0 writes. A resumed run first drops what is after its checkpoint, so the files hold each step once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eapo_megatron.config import Recipe
 from eapo_megatron.durable import write_bytes, write_json
+from eapo_megatron.records.tokens import TokenRecords
 from eapo_megatron.records.trackers import Trackers
 
 METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE = "metrics.jsonl", "samples.jsonl", "summary.json"
@@ -52,6 +53,8 @@ class Records:
         with (self.folder / METRICS_FILE).open(encoding="utf-8") as file:
             earlier = [json.loads(line) for line in file]
         self._trackers = Trackers(recipe, first_step, earlier, self.say)
+        max_bytes = recipe.logging.record_tokens_max_mib * 2**20
+        self.tokens = TokenRecords(self.folder, first_step=first_step, max_bytes=max_bytes, say=self.say)
 
     def __enter__(self) -> Records:
         self._progress.start()

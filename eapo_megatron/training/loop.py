@@ -110,6 +110,7 @@ def train_step(run: Run) -> dict[str, float]:
             corrections=algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask),
             ref_log_probs=ref_log_probs,
         )
+    run.record_tokens(groups.prompts, batch, old_log_probs, entropies, advantages)
     updates = []
     with run.timer("update"):
         for rows in run.optimizer_steps(batch):
@@ -119,7 +120,7 @@ def train_step(run: Run) -> dict[str, float]:
     with run.timer("weight_sync"):
         run.update_engine()
     run.progress.response_tokens += int(batch.mask.sum())
-    return metrics | batch_metrics(algorithm, batch, old_log_probs, entropies, advantages) | mean_of_updates(updates)
+    return metrics | batch_metrics(algorithm, batch, known) | mean_of_updates(updates)
 
 
 def evaluation_metrics(run: Run) -> dict[str, float]:

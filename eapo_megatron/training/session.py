@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eapo_megatron.algorithms import Algorithm, SelectionInputs, uniform_draws
+from eapo_megatron.algorithms import Algorithm, SelectionInputs, group_advantages, quadrant_masks, uniform_draws
 from eapo_megatron.config import Model, Recipe, RecipeError
+from eapo_megatron.data.prompts import Prompt
 from eapo_megatron.durable import write_json
 from eapo_megatron.policy.batching import Batch, TokenData, mini_batches
 from eapo_megatron.policy.checkpoint import Checkpoints
@@ -25,6 +26,7 @@ from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.records.records import Records
 from eapo_megatron.records.samples import describe_samples
 from eapo_megatron.records.stopwatch import Stopwatch
+from eapo_megatron.records.tokens import sampled_groups, token_tables
 from eapo_megatron.rollout.engine import open_engine
 from eapo_megatron.rollout.producer import Producer, open_producer
 from eapo_megatron.rollout.rollouts import Rollouts, Sampler
@@ -191,6 +193,41 @@ class Run:
         if self.records is not None:
             shown = describe_samples(rollouts, self.recipe.logging.samples_per_step, self.sampler.text)
             self.records.log_samples(self.progress.step, shown)
+
+    def record_tokens(
+        self, prompts: Sequence[Prompt], batch: Batch, old_log_probs: Tensor, entropies: Tensor, shaped: Tensor
+    ) -> None:
+        """Keeps what this step knew of the tokens of a few groups; see `token_tables`."""
+        count, algorithm = self.recipe.logging.record_tokens, self.ingredients.algorithm
+        if self.records is None or not count:
+            return
+        with self.timer("records"):
+            step, threshold = self.progress.step, algorithm.positive_threshold
+            tables = token_tables(
+                step,
+                sampled_groups(count, seed=self.recipe.seed, step=step, of=len(prompts)),
+                prompts,
+                batch,
+                old_log_probs=old_log_probs,
+                entropies=entropies,
+                advantages=group_advantages(
+                    batch.rewards,
+                    batch.group_ids,
+                    estimator=algorithm.advantage_estimator,
+                    positive_threshold=threshold,
+                ),
+                shaped_advantages=shaped,
+                quadrants=quadrant_masks(
+                    batch.rewards,
+                    entropies,
+                    batch.mask,
+                    batch.group_ids,
+                    threshold=algorithm.quadrant_threshold,
+                    positive_threshold=threshold,
+                ),
+                decode=lambda ids: str(self.sampler.tokenizer.decode(ids)),
+            )
+            self.records.tokens.write(step, tables)
 
     def save(self) -> None:
         """A checkpoint of this step, once its records are on disk.

@@ -8,10 +8,12 @@ import shutil
 import signal
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
 from command_line import checkpoints, last_step, metrics, tensors, train, train_until
+from eapo_megatron.records.tokens import recorded_steps
 from eapo_megatron.weights.convert import to_hf
 
 pytestmark = pytest.mark.slow
@@ -34,6 +36,7 @@ warm_start: {steps: 3, batch_size: 8, lr: 1.0e-3}
 evaluation: {every: 3}
 checkpoint: {every: 1, keep_last: 3}
 algorithm: {dynamic_sampling_rounds: 2}
+logging: {record_tokens: 2}
 """
 
 EXPERTS = "num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 12, head_dim: 4, norm_topk_prob: true"
@@ -57,8 +60,13 @@ def easy_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def arithmetic(tmp_path: Path) -> Path:
     recipe = tmp_path / "arithmetic.yaml"
-    recipe.write_text(ARITHMETIC + f"logging: {{run_dir: {tmp_path / 'runs'}}}\n")
+    recipe.write_text(ARITHMETIC.replace("{record_tokens", f"{{run_dir: {tmp_path / 'runs'}, record_tokens"))
     return recipe
+
+
+def recorded_tokens(run: Path) -> list[list[dict]]:
+    """The recorded responses of each step."""
+    return [pq.read_table(path).to_pylist() for path in recorded_steps(run).values()]
 
 
 def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arithmetic: Path, tmp_path: Path) -> None:
@@ -81,6 +89,8 @@ def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arith
     assert ours.keys() == theirs.keys()
     assert len(ours) > 20  # weights and both moments
     assert all(ours[name].equal(theirs[name]) for name in ours)
+    # At TP 2 too rank 0 alone records tokens, and the steps that are done again replace what they had recorded.
+    assert recorded_tokens(runs / "hung") == recorded_tokens(runs / "whole")[:5]
 
     train(arithmetic, "name=hung", "parallel.tensor_model_parallel_size=1", "train.micro_batch_size=3")
     at_other_layout = metrics(runs / "hung", first_step=6)[0]
@@ -167,6 +177,7 @@ def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
         "reward.function=lengths:even_length",
         "rollout.max_response_tokens=8",
         "train.steps=5",
+        "logging.record_tokens=1",
     ]
     train(recipe, "name=whole", *overrides)
     checkpoint = runs / "killed" / "checkpoints" / "step_000002"
@@ -175,6 +186,8 @@ def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
     assert "resumed from step" in said
     assert metrics(runs / "killed") == metrics(runs / "whole")
     assert all(line["grad_norm"] > 0 for line in metrics(runs / "whole", first_step=1))
+    assert recorded_tokens(runs / "killed") == recorded_tokens(runs / "whole")
+    assert len(recorded_tokens(runs / "whole")) == 5
     ours = tensors(runs / "killed" / "checkpoints" / "step_000005", tmp_path / "killed.pt")
     theirs = tensors(runs / "whole" / "checkpoints" / "step_000005", tmp_path / "whole.pt")
     assert ours.keys() == theirs.keys()

@@ -1,0 +1,114 @@
+"""From run folders to a folder of figures and one page: `eapo-megatron report`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from eapo_megatron.config import RecipeError
+from eapo_megatron.durable import write_text
+from eapo_megatron.records.records import METRICS_FILE
+from eapo_megatron.records.tokens import recorded_steps
+from eapo_megatron.report import of_steps, of_tokens
+from eapo_megatron.report.figures import Experiment, Figure, experiments_of, save_figures
+from eapo_megatron.report.page import make_page
+from eapo_megatron.report.recordings import RecordedRun, read_run
+
+PAGE_FILE = "report.html"
+FIGURES: tuple[Callable[[Sequence[Experiment]], Figure | str], ...] = (
+    of_steps.training_curves,
+    of_steps.efficiency,
+    of_steps.quadrant_dynamics,
+    of_tokens.entropy_histograms,
+    of_steps.entropy_shift,
+    of_tokens.advantage_histograms,
+    of_tokens.words,
+    of_steps.pass_at_k,
+    of_steps.alpha_sweep,
+    of_tokens.shaded_response,
+)
+SECONDS_BETWEEN_LOOKS = 5.0
+RELOAD_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, and what there is to say of it."""
+
+    page: Path
+    figures: list[Path]
+    notes: list[str]
+
+
+def write_report(folders: Sequence[Path], out: Path, *, reload_seconds: int = 0) -> Report:
+    """The page and the figures of these runs, in `out`; with `reload_seconds` the page shows its newer self so often.
+
+    Raises:
+        RecipeError: no run can be read, or nothing can be drawn of those that can.
+    """
+    runs, notes = _read(folders)
+    experiments = experiments_of(runs)
+    drawn = [figure(experiments) for figure in FIGURES]
+    figures = [figure for figure in drawn if isinstance(figure, Figure)]
+    left_out = [reason for reason in drawn if isinstance(reason, str)]
+    paths = save_figures(figures, out / "figures")
+    title = runs[0].name if len(runs) == 1 else f"Report of {len(runs)} runs"
+    page = make_page(
+        runs,
+        [figure for figure in figures if figure.on_page],
+        left_out,
+        title=title,
+        made=version("eapo_megatron"),
+        reload_seconds=reload_seconds,
+    )
+    write_text(out / PAGE_FILE, page)
+    notes += [note for run in runs for note in run.notes]
+    return Report(out / PAGE_FILE, paths, [*notes, *(f"not drawn: {reason}" for reason in left_out)])
+
+
+def write_demo(out: Path) -> Report:
+    """The report of the recorded runs that the package ships."""
+    with as_file(files("eapo_megatron.report").joinpath("demo")) as folder:
+        return write_report(sorted(path for path in folder.iterdir() if path.is_dir()), out)
+
+
+def follow(folders: Sequence[Path], out: Path, say: Callable[[str], None]) -> None:
+    """Writes the report again whenever the runs' records have grown, until Ctrl-C, then a last time."""
+    seen: object = None
+    try:
+        while True:
+            now = _state(folders)
+            if now != seen:
+                report = write_report(folders, out, reload_seconds=RELOAD_SECONDS)
+                if seen is None:
+                    say(f"{report.page} shows the runs as they go on; Ctrl-C ends this")
+                seen = now
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    except KeyboardInterrupt:
+        write_report(folders, out)
+
+
+def _read(folders: Sequence[Path]) -> tuple[list[RecordedRun], list[str]]:
+    """The runs that can be read; the others are named, unless there are none."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except RecipeError as error:
+            problems.append(str(error))
+    if not runs:
+        raise RecipeError("; ".join(problems))
+    return runs, problems
+
+
+def _state(folders: Sequence[Path]) -> object:
+    """What changes when a run's records grow."""
+    found = []
+    for folder in folders:
+        metrics = folder / METRICS_FILE
+        found.append((metrics.stat().st_size if metrics.is_file() else 0, list(recorded_steps(folder))))
+    return found
