@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from eapo_megatron.algorithms import Algorithm, kept_mass_metrics, mismatch_metrics
-from eapo_megatron.policy.batching import Batch, TokenData
+from eapo_megatron.policy.batching import Batch
 from eapo_megatron.policy.worker import Update
 
 
-def batch_metrics(algorithm: Algorithm, batch: Batch, known: TokenData) -> dict[str, float]:
+def batch_metrics(
+    algorithm: Algorithm,
+    batch: Batch,
+    old_log_probs: Tensor,
+    entropies: Tensor,
+    advantages: Tensor,
+    corrections: Tensor | None,
+) -> dict[str, float]:
     """Rewards, lengths, entropies (nats), the four quadrants and the sampler's mismatch of the batch trained on."""
     mask, lengths = batch.mask, batch.mask.sum(dim=-1)
     tokens = int(lengths.sum())
-    log_prob_gap = (known.old_log_probs - batch.rollout_log_probs).abs() * mask
+    log_prob_gap = (old_log_probs - batch.rollout_log_probs).abs() * mask
     return {
         "reward/mean": float(batch.rewards.double().mean()),
         "response_length/mean": tokens / batch.size,
@@ -23,24 +31,21 @@ def batch_metrics(algorithm: Algorithm, batch: Batch, known: TokenData) -> dict[
         "response_length/total": tokens,
         "response_length/truncated_share": float((~batch.finished).double().mean()),
         "rollout/log_prob_gap": float(log_prob_gap.double().sum()) / tokens,
-        **_of_sampler(batch, known),
-        **algorithm.metrics(
-            batch.rewards, batch.group_ids, mask, entropies=known.old_entropies, advantages=known.advantages
-        ),
+        **_of_sampler(batch, old_log_probs, entropies, corrections),
+        **algorithm.metrics(batch.rewards, batch.group_ids, mask, entropies=entropies, advantages=advantages),
     }
 
 
-def _of_sampler(batch: Batch, known: TokenData) -> dict[str, float]:
+def _of_sampler(batch: Batch, old_log_probs: Tensor, entropies: Tensor, corrections: Tensor | None) -> dict[str, float]:
     """How far the sampler is from the trainer, what it kept of the softmax, and what the correction makes of it."""
     mask = batch.mask
-    metrics = mismatch_metrics(known.old_log_probs, batch.rollout_log_probs, mask)
+    metrics = mismatch_metrics(old_log_probs, batch.rollout_log_probs, mask)
     if batch.kept_mass is not None:
-        metrics |= kept_mass_metrics(batch.kept_mass, known.old_entropies, mask)
+        metrics |= kept_mass_metrics(batch.kept_mass, entropies, mask)
     metrics = {f"rollout/{name}": value for name, value in metrics.items()}
-    if known.corrections is not None:
-        weights = known.corrections[mask]
-        metrics["correction/mean_weight"] = float(weights.mean(dtype=torch.float64))
-        metrics["correction/zero_share"] = float((weights == 0).double().mean())
+    if corrections is not None:
+        metrics["correction/mean_weight"] = float(corrections[mask].mean(dtype=torch.float64))
+        metrics["correction/zero_share"] = float((corrections[mask] == 0).double().mean())
     return metrics
 
 

@@ -120,7 +120,8 @@ def train_step(run: Run) -> dict[str, float]:
     with run.timer("weight_sync"):
         run.update_engine()
     run.progress.response_tokens += int(batch.mask.sum())
-    return metrics | batch_metrics(algorithm, batch, known) | mean_of_updates(updates)
+    of_batch = batch_metrics(algorithm, batch, old_log_probs, entropies, advantages, known.corrections)
+    return metrics | of_batch | mean_of_updates(updates)
 
 
 def evaluation_metrics(run: Run) -> dict[str, float]:

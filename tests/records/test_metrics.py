@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eapo_megatron.algorithms import Algorithm, Correction
-from eapo_megatron.policy.batching import TokenData, make_batch
+from eapo_megatron.policy.batching import make_batch
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.worker import Update
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
@@ -20,14 +20,8 @@ def metrics_of(responses: Responses, algorithm: Algorithm) -> dict[str, float]:
     batch = make_batch([[1]], responses, torch.tensor([0, 0]), torch.tensor([1.0, -1.0]), torch.device("cpu"))
     old_log_probs = torch.tensor([[-1.0, -2.0, -4.0], [-0.5, 7.0, 7.0]])
     entropies = torch.tensor([[0.1, 0.2, 0.3], [0.4, 9.0, 9.0]])
-    known = TokenData(
-        advantages=torch.zeros(2, 3),
-        old_log_probs=old_log_probs,
-        old_entropies=entropies,
-        rollout_log_probs=batch.rollout_log_probs,
-        corrections=algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask),
-    )
-    return batch_metrics(algorithm, batch, known)
+    corrections = algorithm.corrections(old_log_probs, batch.rollout_log_probs, batch.mask)
+    return batch_metrics(algorithm, batch, old_log_probs, entropies, torch.zeros(2, 3), corrections)
 
 
 def test_the_samplers_mismatch_is_told_at_every_step() -> None:

@@ -66,5 +66,5 @@ def _step(step: int, seed: int, algorithm: Algorithm) -> tuple[list[Any], dict[s
         quadrants=quadrant_masks(rewards, entropies, batch.mask, group_ids),
         decode=TOKENIZER.decode,
     )
-    metrics = batch_metrics(algorithm, batch, old, entropies, shaped)
+    metrics = batch_metrics(algorithm, batch, old, entropies, shaped, None)
     return tables, {"rollout/solve_rate": 0.5, **metrics}

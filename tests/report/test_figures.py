@@ -10,8 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-
 from matplotlib.figure import Figure as Canvas
 from recorded_runs import write_run
 

@@ -12,8 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-
 from chromium import CHROMIUM, Page, chromium_page
 from recorded_runs import write_run
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-
-
 from recorded_runs import write_run
 
 from eapo_megatron import cli
