@@ -49,7 +49,7 @@ def measure(values: list[float], count: int, overrides: list[str]) -> list[dict[
         policy, micro_batch_size=recipe.train.micro_batch_size, temperature=recipe.rollout.temperature
     )
     warm_start(recipe, ingredients, worker, None)
-    engine = open_engine(policy, recipe.rollout, ingredients.tokenizer)
+    engine = open_engine(policy, recipe, ingredients.tokenizer)
     prompts = [prompt.token_ids for prompt in ingredients.evaluation[:count]]
     generations = recipe.rollout.num_generations_per_prompt
     seeds = [[response_seed(recipe.seed, "top_p", at, i) for i in range(generations)] for at in range(len(prompts))]
