@@ -13,7 +13,7 @@ from eapo_megatron.config import RecipeError
 from eapo_megatron.durable import write_text
 from eapo_megatron.records.records import METRICS_FILE
 from eapo_megatron.records.tokens import recorded_steps
-from eapo_megatron.report import of_steps, of_tokens
+from eapo_megatron.report import of_credit, of_steps, of_tokens
 from eapo_megatron.report.figures import Experiment, Figure, experiments_of, save_figures
 from eapo_megatron.report.page import make_page
 from eapo_megatron.report.recordings import RecordedRun, read_run
@@ -26,6 +26,7 @@ FIGURES: tuple[Callable[[Sequence[Experiment]], Figure | str], ...] = (
     of_tokens.entropy_histograms,
     of_steps.entropy_shift,
     of_tokens.advantage_histograms,
+    of_credit.proxy,
     of_tokens.words,
     of_steps.pass_at_k,
     of_steps.alpha_sweep,

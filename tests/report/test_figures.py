@@ -15,7 +15,7 @@ from recorded_runs import write_run
 
 from eapo_megatron.algorithms import QUADRANTS
 from eapo_megatron.records.tokens import recorded_steps
-from eapo_megatron.report import of_steps, of_tokens
+from eapo_megatron.report import of_credit, of_steps, of_tokens
 from eapo_megatron.report.figures import Figure, Panel, experiments_of, save_figures, svg_panels
 from eapo_megatron.report.recordings import RecordedRun, read_run
 from eapo_megatron.report.report import FIGURES
@@ -84,6 +84,27 @@ def test_histograms_count_every_recorded_token_once(runs: list[RecordedRun]) -> 
     assert sum(bar.get_height() for bar in bars) == tokens.offsets[-1]
     # Without a shaping each token has its response's advantage.
     np.testing.assert_allclose(tokens.shaped_advantages, tokens.advantages[tokens.row_of])
+
+
+def test_the_information_of_entropy_is_that_of_its_bins(runs: list[RecordedRun]) -> None:
+    information, squares = figure(of_credit.proxy, runs).panels
+    tokens = [run.tokens for run in runs[:2] if run.tokens is not None]  # the first experiment
+    entropies = np.concatenate([t.entropies for t in tokens]).astype(float)
+    correct = np.concatenate([t.correct[t.row_of] for t in tokens])
+    advantages = np.concatenate([t.shaped_advantages for t in tokens]).astype(float)
+    bins = np.array_split(np.argsort(entropies, kind="stable"), 20)
+    base = correct.mean()
+    line = axes_of(information).lines[0]
+    np.testing.assert_allclose(line.get_xdata(), [entropies[part].mean() for part in bins], rtol=1e-6)
+    expected = [
+        1000 * len(part) / len(correct) * sum(p * np.log(p / q) for p, q in ((rate, base), (1 - rate, 1 - base)) if p)
+        for part in bins
+        for rate in [correct[part].mean()]
+    ]
+    np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(
+        axes_of(squares).lines[0].get_ydata(), [(advantages[part] ** 2).mean() for part in bins], rtol=1e-6
+    )
 
 
 def test_words_have_the_mean_entropy_of_their_tokens(runs: list[RecordedRun]) -> None:
