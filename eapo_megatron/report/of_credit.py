@@ -16,6 +16,8 @@ from eapo_megatron.report.recordings import Tokens
 
 _BINS = 20
 _LEAST_TOKENS = 50 * _BINS
+_PLACES = [100 * (number + 0.5) / _BINS for number in range(_BINS)]
+_LABEL = "tokens by entropy, the lowest first (%)"
 
 
 def proxy(experiments: Sequence[Experiment]) -> Figure | str:
@@ -59,15 +61,14 @@ def _columns(recorded: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor, to
 
 def _draw_information(known: Known, axis: Axes) -> None:
     for experiment, entropies, positive, _ in known:
-        shares, centres = proxy_credit(entropies, positive, bins=_BINS)
-        axis.plot(centres.numpy(), 1000 * shares.numpy(), marker=".", label=experiment.label, **experiment.style)
-    axis.set_xlabel("mean entropy of the bin (nats)")
+        shares, _ = proxy_credit(entropies, positive, bins=_BINS)
+        axis.plot(_PLACES, 1000 * shares.numpy(), marker=".", label=experiment.label, **experiment.style)
+    axis.set_xlabel(_LABEL)
 
 
 def _draw_squares(known: Known, axis: Axes) -> None:
     for experiment, entropies, _, advantages in known:
-        order = entropies.argsort(stable=True)
-        parts = zip(entropies[order].tensor_split(_BINS), advantages[order].tensor_split(_BINS), strict=True)
-        points = [(float(h.double().mean()), float((a.double() ** 2).mean())) for h, a in parts]
-        axis.plot(*zip(*points, strict=True), marker=".", label=experiment.label, **experiment.style)
-    axis.set_xlabel("mean entropy of the bin (nats)")
+        ordered = advantages[entropies.argsort(stable=True)].double()
+        squares = [float((part**2).mean()) for part in ordered.tensor_split(_BINS)]
+        axis.plot(_PLACES, squares, marker=".", label=experiment.label, **experiment.style)
+    axis.set_xlabel(_LABEL)
