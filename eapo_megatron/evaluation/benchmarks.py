@@ -13,7 +13,6 @@ from eapo_megatron.data.record_files import read_records
 from eapo_megatron.rewards import math_reward
 from eapo_megatron.rewards.mathematics import CORRECT
 
-TEMPERATURE, TOP_P = 0.6, 0.95
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHOICE_REWARD = "eapo_megatron.rewards.choice:choice_reward"
 SUFFIXES = (".jsonl", ".json", ".parquet")
