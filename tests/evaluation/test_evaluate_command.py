@@ -58,12 +58,14 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(
-    subject: Path, out: Path, *arguments: str, benchmarks: str = "amc,aime24"
+    subject: Path, out: Path, *arguments: str, benchmarks: str = "amc,aime24", beside: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "eapo_megatron.cli", "evaluate", str(subject / "run"), "--benchmarks", benchmarks]
+    """Evaluates the run in the folder `subject`, or the folder itself where the data lie in another, `beside`."""
+    target, home = (subject / "run", subject) if beside is None else (subject, beside)
+    command = [sys.executable, "-m", "eapo_megatron.cli", "evaluate", str(target), "--benchmarks", benchmarks]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(subject), environment.get("PYTHONPATH", "")])
-    options = ["--data", str(subject / "data"), "--out", str(out), *arguments]
+    environment["PYTHONPATH"] = os.pathsep.join([str(home), environment.get("PYTHONPATH", "")])
+    options = ["--data", str(home / "data"), "--out", str(out), *arguments]
     return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
 
 
@@ -120,8 +122,7 @@ def test_every_response_and_what_follows_from_them(evaluated: Path) -> None:
 def test_a_cut_file_goes_on_record_for_record(subject: Path, evaluated: Path, tmp_path: Path) -> None:
     whole = (evaluated / "responses.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    for name in ("evaluation.json",):
-        (tmp_path / name).write_bytes((evaluated / name).read_bytes())
+    (tmp_path / "evaluation.json").write_bytes((evaluated / "evaluation.json").read_bytes())
     (tmp_path / "responses.jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:20])
     done = evaluate(subject, tmp_path, "--n", "4")
     assert done.returncode == 0, done.stderr
@@ -187,3 +188,23 @@ def test_another_evaluation_in_the_folder(subject: Path, evaluated: Path) -> Non
     assert done.returncode == 2
     assert "holds another evaluation: seed was 3 there and is 4 here; give another --out" in done.stderr
     assert (evaluated / "responses.jsonl").read_bytes() == before
+
+
+def test_a_hugging_face_folder_takes_the_recipe_from_overrides(subject: Path, evaluated: Path, tmp_path: Path) -> None:
+    from eapo_megatron.weights.convert import to_hf
+
+    to_hf(subject / "run", tmp_path / "hf", max_shard_bytes=2**30)
+    settings = [
+        *('data.template="{prompt}"', "data.max_prompt_tokens=16", "rollout.max_response_tokens=8"),
+        *("reward.function=digits:first", "reward.num_workers=1", "rollout.max_batch_size=6", "model.dtype=float32"),
+        *("cluster.device=cpu", "evaluation.temperature=1.0", "seed=3"),
+    ]
+    done = evaluate(tmp_path / "hf", tmp_path / "out", "--n", "4", *settings, beside=subject)
+    assert done.returncode == 0, done.stderr
+    assert records(tmp_path / "out") == records(evaluated)
+
+
+def test_a_folder_that_is_nothing(subject: Path, tmp_path: Path) -> None:
+    done = evaluate(tmp_path, tmp_path / "out", beside=subject)
+    assert done.returncode == 2
+    assert "is no run (recipe.json), no checkpoint of one and no Hugging Face folder (config.json)" in done.stderr
