@@ -14,9 +14,10 @@ from itertools import islice
 from typing import Any
 
 from eapo_megatron.config import Recipe
-from eapo_megatron.evaluation.examination import Examination, Task, with_reward_of
+from eapo_megatron.evaluation.examination import Examination
 from eapo_megatron.evaluation.response_file import Key, ResponseFile
 from eapo_megatron.evaluation.scoring import known_reward
+from eapo_megatron.evaluation.tasks import Task, with_reward_of
 from eapo_megatron.policy.policy_model import open_policy
 from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
 from eapo_megatron.rollout.engine import open_engine, response_seed

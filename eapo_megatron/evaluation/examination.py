@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eapo_megatron.config import Recipe, RecipeError
-from eapo_megatron.data import Prompt, build_prompts
-from eapo_megatron.evaluation.benchmarks import CHOICE_REWARD, Benchmark, Problems
-from eapo_megatron.evaluation.response_file import Key
+from eapo_megatron.evaluation.benchmarks import Problems
+from eapo_megatron.evaluation.tasks import Task, task_of
 from eapo_megatron.policy.layout_checks import check_layout, check_lengths
 from eapo_megatron.rewards import check_reward
 from eapo_megatron.rollout.engine import check_engine
@@ -19,20 +18,6 @@ from eapo_megatron.weights.huggingface import hf_config_of, weight_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Task:
-    """One benchmark: its prompts by problem, and how many responses each gets."""
-
-    benchmark: Benchmark
-    prompts: dict[int, Prompt]
-    n: int
-    left_out: list[str]
-
-    def wanted(self) -> Iterator[Key]:
-        """The responses of the whole benchmark, problem by problem."""
-        return ((self.benchmark.name, problem, sample) for problem in self.prompts for sample in range(self.n))
 
 
 @dataclass(frozen=True)
@@ -81,40 +66,9 @@ def examine(recipe: Recipe, loaded: Sequence[Problems], n: int | None, *, source
         tokenizer = tokenizer_of(recipe)
         stop_token_ids = check_tokens(recipe, hf_config, tokenizer)
         weight_source(recipe.model, hf_config, recipe.seed)
-        tasks = [
-            Task(
-                problems.benchmark, _prompts(recipe, problems, tokenizer), n or problems.benchmark.n, problems.left_out
-            )
-            for problems in loaded
-        ]
+        tasks = [task_of(recipe, problems, tokenizer, n) for problems in loaded]
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
     return Examination(recipe, hf_config, tokenizer, stop_token_ids, tasks)
-
-
-def _prompts(recipe: Recipe, problems: Problems, tokenizer: PreTrainedTokenizerBase) -> dict[int, Prompt]:
-    data = recipe.data
-    built = build_prompts(
-        list(problems.examples.values()),
-        tokenizer,
-        template=data.template,
-        system_prompt=data.system_prompt,
-        suffix=data.suffix,
-        max_prompt_tokens=data.max_prompt_tokens,
-    )
-    if built.too_long:  # without them it is another benchmark
-        raise RecipeError(
-            f"{problems.benchmark.name}: {built.too_long} of {len(problems.examples)} prompts have more than "
-            f"data.max_prompt_tokens {data.max_prompt_tokens} tokens"
-        )
-    return dict(zip(problems.examples, built.prompts, strict=True))
-
-
-def with_reward_of(recipe: Recipe, benchmark: Benchmark) -> Recipe:
-    """The recipe with the reward that the benchmark's answers need."""
-    if not benchmark.choices:
-        return recipe
-    reward = recipe.reward.model_copy(update={"function": CHOICE_REWARD, "thinking": "auto"})
-    return recipe.model_copy(update={"reward": reward})

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eapo_megatron.config import RecipeError
-from eapo_megatron.evaluation.examination import Examination, Task
+from eapo_megatron.evaluation.examination import Examination
 from eapo_megatron.evaluation.pass_at_k import intervals, pass_at_k
 from eapo_megatron.evaluation.response_file import ResponseFile
+from eapo_megatron.evaluation.tasks import Task
 
 
 def results(examination: Examination, file: ResponseFile) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from eapo_megatron.evaluation.examination import Examination, Task, with_reward_of
+from eapo_megatron.evaluation.examination import Examination
 from eapo_megatron.evaluation.response_file import ResponseFile
+from eapo_megatron.evaluation.tasks import Task, with_reward_of
 from eapo_megatron.rewards import RewardPool
 
 _SCORED_TOGETHER = 1024
