@@ -73,6 +73,56 @@ def train(
 
 
 @app.command()
+def evaluate(
+    subject: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT_OR_HF_FOLDER", help="Of a run: its last whole checkpoint.")
+    ],
+    benchmarks: Annotated[str, typer.Option(help="Names, with commas; docs/evaluation.md lists them.")],
+    data: Annotated[Path, typer.Option(help="The folder with the benchmarks' files.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the run's recipe.")] = None,
+    n: Annotated[int | None, typer.Option(help="Responses to each problem; default: the paper's number.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: evaluation/CHECKPOINT in the run, or evaluation/NAME.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--rescore", help="Only verify again what is in responses.jsonl.")] = False,
+) -> None:
+    """Avg@k and Pass@k of a policy on named benchmarks; a killed evaluation goes on where its responses end."""
+    from eapo_megatron.evaluation.command import prepare_evaluation, report_evaluation, rescore_all
+
+    overrides = overrides or []
+    environment = None if again else rank_environment(os.environ)
+    os.environ.update(environment or {})
+    with _first_of_node_speaks() if environment else nullcontext():
+        evaluation = prepare_evaluation(subject, overrides, benchmarks, data=data, n=n, out=out)
+        cluster = evaluation.examination.recipe.cluster
+        if environment:
+            _check_world(evaluation.examination.recipe, int(os.environ["WORLD_SIZE"]))
+            check_devices(evaluation.examination.recipe, int(os.environ["LOCAL_RANK"]))
+    if environment:
+        rank = int(os.environ["RANK"])
+        with _reported(evaluation.file.folder / "errors", rank=rank):
+            warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
+            from eapo_megatron.evaluation.answers import evaluate_rank  # megatron: seconds
+
+            evaluate_rank(evaluation.examination, evaluation.file)
+        return
+    for line in evaluation.left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    check_unlocked(evaluation.file.folder)
+    if again:
+        rescore_all(evaluation)
+    else:
+        if cluster.num_nodes > 1:
+            raise RecipeError(f"{subject}: cluster.num_nodes {cluster.num_nodes} needs srun or torchrun")
+        check_devices(evaluation.examination.recipe)
+        options = [f"--benchmarks={benchmarks}", f"--data={data}", *([] if n is None else [f"--n={n}"])]
+        options += [] if out is None else [f"--out={out}"]
+        if code := run_local_ranks(cluster.world_size, ["evaluate", str(subject), *overrides, *options]):
+            raise typer.Exit(code)
+    report_evaluation(evaluation)
+
+
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
@@ -299,33 +349,38 @@ def _prepare(settings: Recipe, world_size: int, *, source: str):  # type: ignore
     return prepare(settings, world_size, source=source)
 
 
-def _train_rank(settings: Recipe, *, source: str) -> None:
-    stop_request = StopRequest()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def _check_world(settings: Recipe, world_size: int) -> None:
     cluster = settings.cluster
     if world_size != cluster.world_size:
         raise RecipeError(
             f"WORLD_SIZE {world_size} is not the recipe's world: cluster.num_nodes {cluster.num_nodes} x "
             f"gpus_per_node {cluster.gpus_per_node} = {cluster.world_size}"
         )
+
+
+def _train_rank(settings: Recipe, *, source: str) -> None:
+    stop_request = StopRequest()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _check_world(settings, world_size)
     check_devices(settings, int(os.environ["LOCAL_RANK"]))
     check_addresses(settings)
     ingredients = _prepare(settings, world_size, source=source)
     # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
-    with RunLock(settings.run_folder) if rank == 0 else nullcontext() as lock:
-        _run_or_report(settings, ingredients, stop_request, lock, rank=rank)
-
-
-def _run_or_report(
-    settings: Recipe, ingredients: Any, stop_request: StopRequest, lock: RunLock | None, *, rank: int
-) -> None:
-    try:
+    locked = RunLock(settings.run_folder) if rank == 0 else nullcontext()
+    with locked as lock, _reported(settings.run_folder / "errors", rank=rank):
         _run(settings, ingredients, stop_request, lock)
+
+
+@contextmanager
+def _reported(folder: Path, *, rank: int) -> Iterator[None]:
+    """What goes wrong on a rank is told once, with its traceback in a file of `folder`."""
+    try:
+        yield
     except (typer.Exit, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # of this rank alone, perhaps; torch's CheckpointException is no Exception
-        report_failure(error, settings.run_folder / "errors", rank=rank)
+        report_failure(error, folder, rank=rank)
         raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from error
 
 

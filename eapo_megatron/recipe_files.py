@@ -54,6 +54,16 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(resolved, source=str(path))
 
 
+def overridden(settings: dict[str, Any], overrides: Sequence[str], *, source: str) -> Recipe:
+    """Settings of today's schema, read from `source`, with dotted overrides on top.
+
+    Raises:
+        RecipeError: one sentence naming the override, or the source and the key.
+    """
+    given = rename_keys(_read_overrides(overrides), RENAMED, source=source)
+    return parse_recipe(_merged(settings, given), source=source)
+
+
 def find_recipe(name: str | Path, *, folder: Path = Path(), what: str = "recipe") -> Path:
     """A recipe's file: by its path from `folder`, or a built-in recipe by its name; with or without .yaml.
 

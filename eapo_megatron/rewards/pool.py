@@ -84,6 +84,7 @@ class RewardPool:
     reward: "math" (`math_reward`) or "package.module:function" with `function(response, answer) -> float`
     timeout_seconds: time for one answer; a worker that takes longer is killed and replaced
     thinking: where "math" looks for no answer (`extract_answer`)
+    no_verdict: the reward of an answer without a verdict; None: as `RewardBatch` says
 
     An answer that runs out of time counts as a timeout; one whose reward raises, is no number of at most 1e6 in
     magnitude (`worker.MAX_REWARD`) or takes the process down counts as a crash. Neither has a verdict (see
@@ -96,7 +97,13 @@ class RewardPool:
     """
 
     def __init__(
-        self, *, num_workers: int, timeout_seconds: float, reward: str = "math", thinking: Thinking = "auto"
+        self,
+        *,
+        num_workers: int,
+        timeout_seconds: float,
+        reward: str = "math",
+        thinking: Thinking = "auto",
+        no_verdict: float | None = None,
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
@@ -108,7 +115,7 @@ class RewardPool:
         self._timeout_seconds = timeout_seconds
         self._reward = REWARDS.get(reward, reward)
         self._options = {"thinking": thinking} if reward in REWARDS else {}
-        self._no_verdict = INCORRECT if reward in REWARDS else math.nan
+        self._no_verdict = (INCORRECT if reward in REWARDS else math.nan) if no_verdict is None else no_verdict
         self._workers: list[_Worker] = []
         self.asks: tuple[str, ...] = ()  # what the function takes beside response and answer, once the pool is entered
 

@@ -116,7 +116,10 @@ class Draw:
 
 
 class Sampler:
-    """Samples from an engine and verifies with the recipe's reward; a context manager (it owns verifier processes)."""
+    """Samples from an engine and verifies with the recipe's reward; a context manager (it owns verifier processes).
+
+    `no_verdict` is the reward of an answer that the verifier fails on; None: as `RewardBatch` says.
+    """
 
     def __init__(
         self,
@@ -126,6 +129,7 @@ class Sampler:
         runtime: Runtime,
         *,
         stop_token_ids: Sequence[int],
+        no_verdict: float | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -140,6 +144,7 @@ class Sampler:
                 timeout_seconds=reward.timeout_seconds,
                 reward=reward.function,
                 thinking=reward.thinking,
+                no_verdict=no_verdict,
             )
             if runtime.is_replica_leader
             else None

@@ -75,9 +75,9 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         check_trackers(recipe.logging)
         asked = check_reward(recipe.reward.function)
         check_run_folder(recipe)
-        tokenizer = _tokenizer(recipe)
+        tokenizer = tokenizer_of(recipe)
         train, evaluation, dropped = _prompts(recipe, tokenizer, keep_records="record" in asked)
-        stop_token_ids = _check_tokens(recipe, hf_config, tokenizer)
+        stop_token_ids = check_tokens(recipe, hf_config, tokenizer)
         weight_source(recipe.model, hf_config, recipe.seed)
     except RecipeError:
         raise
@@ -86,7 +86,12 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
     return Ingredients(hf_config, tokenizer, stop_token_ids, train, evaluation, dropped, recipe.make_algorithm())
 
 
-def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe names, or that of its built-in task.
+
+    Raises:
+        RecipeError: naming the key, when there is none.
+    """
     folder = recipe.model.tokenizer or recipe.model.path
     if folder is not None:
         with naming_files(Path(folder)):
@@ -167,11 +172,14 @@ def _field_mapping(data: Data) -> dict[str, Any]:
     return {**LAYOUTS[data.format], **{key: field for key, field in own.items() if field is not None}}
 
 
-def _check_tokens(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def check_tokens(recipe: Recipe, hf_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Whether every token is the model's -> those that end a response.
 
     They are the tokenizer's end of sequence, those of generation_config.json, as transformers and vLLM stop, and the
     recipe's.
+
+    Raises:
+        RecipeError: naming the key, or the tokenizer, for a token that the model lacks.
     """
     vocab_size = hf_config["vocab_size"]
     if len(tokenizer) > vocab_size:

@@ -300,3 +300,11 @@ def test_a_worker_that_is_still_starting_is_ended_under_nohup() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "2.0\n"
+
+
+def test_no_verdict_of_math_can_be_told_from_wrong() -> None:
+    for no_verdict, expected in ((None, -1.0), (math.nan, math.nan)):
+        with RewardPool(num_workers=1, timeout_seconds=10.0, no_verdict=no_verdict) as pool:
+            batch = pool.score([r"\boxed{1}", r"\boxed{1}", r"\boxed{1}"], ["1", None, "2"])
+        assert_equal(batch.rewards, [1.0, expected, -1.0])
+        assert batch.crashes == 1

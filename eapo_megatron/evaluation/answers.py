@@ -1,0 +1,102 @@
+"""Responses to benchmarks from any engine, verified and written problem batch by problem batch.
+
+A response is a function of the seed, its benchmark, its problem and its sample number alone: what a killed evaluation
+has not written is drawn as it would have been, and more samples join those that are there.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+from eapo_megatron.config import Recipe
+from eapo_megatron.evaluation.examination import Examination
+from eapo_megatron.evaluation.response_file import Key, ResponseFile
+from eapo_megatron.evaluation.scoring import known_reward
+from eapo_megatron.evaluation.tasks import Task, with_reward_of
+from eapo_megatron.policy.policy_model import open_policy
+from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
+from eapo_megatron.rollout.engine import open_engine, response_seed
+from eapo_megatron.rollout.rollouts import Draw, Rollouts, Sampler
+from eapo_megatron.run_lock import RunLock
+from eapo_megatron.weights.export import export_weights
+from eapo_megatron.weights.huggingface import weight_source
+
+
+def evaluate_rank(examination: Examination, file: ResponseFile) -> None:
+    """Writes the missing responses, as one of the ranks."""
+    recipe = examination.recipe
+    runtime = start_runtime(
+        recipe.parallel,
+        seed=recipe.seed,
+        device=recipe.cluster.device,
+        timeout_minutes=recipe.cluster.timeout_minutes,
+    )
+    with RunLock(file.folder) if runtime.is_main else nullcontext():
+        if runtime.is_main:
+            file.open(examination.origin())
+        answer(examination, file, runtime)
+    stop_runtime()
+
+
+def answer(examination: Examination, file: ResponseFile, runtime: Runtime) -> None:
+    """Draws, verifies and writes the responses that the file lacks. Every rank calls it; rank 0 has opened the file."""
+    recipe = examination.recipe
+    there = runtime.broadcast_object(file.keys() if runtime.is_main else None)
+    if all(key in there for task in examination.tasks for key in task.wanted()):
+        return
+    source = weight_source(recipe.model, examination.hf_config, recipe.seed)
+    policy = open_policy(examination.hf_config, recipe.model, recipe.parallel, runtime, source)
+    engine = open_engine(policy, recipe, examination.tokenizer)
+    try:
+        engine.update_weights(export_weights(policy.modules, policy.hf_config), 0)
+        for task in examination.tasks:
+            with Sampler(
+                engine,
+                with_reward_of(recipe, task.benchmark),
+                examination.tokenizer,
+                runtime,
+                stop_token_ids=examination.stop_token_ids,
+                no_verdict=math.nan,
+            ) as sampler:
+                _answer_task(task, sampler, recipe, file, [key for key in task.wanted() if key not in there])
+    finally:
+        engine.close()
+
+
+def _answer_task(task: Task, sampler: Sampler, recipe: Recipe, file: ResponseFile, missing: list[Key]) -> None:
+    name, runtime = task.benchmark.name, sampler.runtime
+    samples: dict[int, list[int]] = {}
+    for _, problem, sample in missing:
+        samples.setdefault(problem, []).append(sample)
+    together = max(1, recipe.rollout.max_batch_size // task.n) * runtime.data_parallel_size
+    sampling = sampler.sampling(temperature=recipe.evaluation.temperature, top_p=recipe.evaluation.top_p)
+    left, written = iter(samples), 0
+    while batch := list(islice(left, together)):
+        seeds = [[response_seed(recipe.seed, f"benchmark {name}", p, i) for i in samples[p]] for p in batch]
+        rollouts = sampler.sample(Draw([task.prompts[problem] for problem in batch], seeds, sampling))
+        keys = [(name, problem, sample) for problem in batch for sample in samples[problem]]
+        written += len(keys)
+        if runtime.is_main:
+            file.append(list(_records(keys, rollouts, sampler)))
+            print(f"{name}: {written} of {len(missing)} responses", file=sys.stderr)
+
+
+def _records(keys: list[Key], rollouts: Rollouts, sampler: Sampler) -> Iterator[dict[str, Any]]:
+    responses = rollouts.responses
+    for (benchmark, problem, sample), tokens, finished, reward in zip(
+        keys, responses.token_lists(), responses.finished.tolist(), rollouts.rewards.tolist(), strict=True
+    ):
+        yield {
+            "benchmark": benchmark,
+            "problem": problem,
+            "sample": sample,
+            "text": sampler.text(tokens),
+            "tokens": len(tokens),
+            "finished": finished,
+            "reward": known_reward(reward),
+        }

@@ -1,0 +1,62 @@
+"""`eapo-megatron evaluate`: what its launching process does around the ranks, which `answers` has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from eapo_megatron.durable import write_json
+from eapo_megatron.evaluation.benchmarks import load_benchmark, named
+from eapo_megatron.evaluation.examination import Examination, examine
+from eapo_megatron.evaluation.response_file import ResponseFile
+from eapo_megatron.evaluation.results import print_results, results
+from eapo_megatron.evaluation.scoring import rescore
+from eapo_megatron.evaluation.subject import find_subject
+from eapo_megatron.run_lock import RunLock
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of the command, read and checked."""
+
+    examination: Examination
+    file: ResponseFile
+
+    @property
+    def left_out(self) -> list[str]:
+        """One sentence on each record of the benchmarks that cannot be used."""
+        return [line for task in self.examination.tasks for line in task.left_out]
+
+
+def prepare_evaluation(
+    subject: Path, overrides: Sequence[str], benchmarks: str, *, data: Path, n: int | None, out: Path | None
+) -> Evaluation:
+    """Reads and checks all that is named; nothing is written.
+
+    Raises:
+        RecipeError: one sentence naming the option, the key or the file.
+    """
+    chosen = named(benchmarks)
+    found = find_subject(subject, overrides, data)
+    loaded = [load_benchmark(benchmark, data) for benchmark in chosen]
+    examination = examine(found.recipe, loaded, n, source=str(subject))
+    return Evaluation(examination, ResponseFile(found.out if out is None else out))
+
+
+def rescore_all(evaluation: Evaluation) -> None:
+    """Verifies the responses that are there again."""
+    with RunLock(evaluation.file.folder):
+        evaluation.file.open(evaluation.examination.origin())
+        rescore(evaluation.examination, evaluation.file)
+
+
+def report_evaluation(evaluation: Evaluation) -> None:
+    """Writes results.json and prints the table."""
+    found = results(evaluation.examination, evaluation.file)
+    write_json(evaluation.file.folder / RESULTS_FILE, found)
+    print_results(found, Console())
