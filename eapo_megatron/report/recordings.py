@@ -196,9 +196,9 @@ def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def read_evaluations(folder: Path, notes: list[str]) -> dict[str, dict[int, float]]:
-    """Pass@k by benchmark and k, of the run's evaluation/*.json, the newest last."""
+    """Pass@k by benchmark and k, of the results.json files below the run's evaluation folder, the newest last."""
     found: dict[str, dict[int, float]] = {}
-    for path in sorted((folder / EVALUATION_FOLDER).glob("**/*.json"), key=lambda path: path.stat().st_mtime):
+    for path in sorted((folder / EVALUATION_FOLDER).glob("**/results.json"), key=lambda path: path.stat().st_mtime):
         try:
             benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
             for name, result in benchmarks.items():

@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RecordedRun]:
     for number, run in enumerate(made):
         (run / "evaluation").mkdir()
         result = {"benchmarks": {"sums": {"pass_at_k": {"1": 0.25 + number / 8, "2": 0.5 + number / 8}}}}
-        (run / "evaluation" / "sums.json").write_text(json.dumps(result))
+        (run / "evaluation" / "results.json").write_text(json.dumps(result))
     return [read_run(run) for run in made]
 
 
