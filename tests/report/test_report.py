@@ -18,7 +18,7 @@ from eapo_megatron.config import RecipeError
 from eapo_megatron.records.tokens import recorded_steps
 from eapo_megatron.report import recordings
 from eapo_megatron.report.recordings import read_run
-from eapo_megatron.report.report import PAGE_FILE, write_demo, write_report
+from eapo_megatron.report.report import FIGURES, PAGE_FILE, write_demo, write_report
 from eapo_megatron.run_lock import RunLock
 
 
@@ -151,7 +151,7 @@ def test_nothing_to_read_names_the_run(tmp_path: Path) -> None:
 def test_the_demo_has_every_figure_and_recorded_tokens(tmp_path: Path) -> None:
     report = write_demo(tmp_path)
     assert report.notes == []
-    assert len(report.figures) == 20
+    assert len(report.figures) == 2 * len(FIGURES)
     assert report.page.stat().st_size > 200_000
 
 
