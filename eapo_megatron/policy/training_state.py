@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from eapo_megatron.megatron_compat.replacements import cuda_tensor_types
@@ -27,17 +29,36 @@ def model_state(policy: Policy) -> dict[str, Any]:
 
 def sharded_state(policy: Policy, optimizer: ChainedOptimizer, *, is_loading: bool = False) -> dict[str, Any]:
     state = model_state(policy)
-    with cuda_tensor_types():
-        state["optimizer"] = {
-            index: part.sharded_state_dict(
+    state["optimizer"] = {}
+    for index, part in enumerate(optimizer.chained_optimizers):
+        with cuda_tensor_types(), padding_counted(part):
+            state["optimizer"][index] = part.sharded_state_dict(
                 model_state(policy),
                 # The others would give their state its first values, which it has (and which SGD has no function for).
                 is_loading=is_loading and isinstance(part, DistributedOptimizer),
                 metadata=dict(METADATA),
             )
-            for index, part in enumerate(optimizer.chained_optimizers)
-        }
     return state
+
+
+@contextmanager
+def padding_counted(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """While the distributed optimizer's state is laid out by parameter, its buckets count their padding.
+
+    megatron-core 0.16.1 joins the buckets of a buffer without their padding, then looks for each parameter where it is
+    with the padding of the buckets before it. So every bucket after a padded one (the tied embedding of a pipeline has
+    one of its own) was saved from a place that is too late.
+    """
+    buffers = optimizer.buffers if isinstance(optimizer, DistributedOptimizer) else []
+    parts = [part for buffer in buffers for part in (buffer, *buffer.buckets)]
+    unpadded = [part.numel_unpadded for part in parts]
+    for part in parts:
+        part.numel_unpadded = part.grad_data.numel()
+    try:
+        yield
+    finally:
+        for part, numel in zip(parts, unpadded, strict=True):
+            part.numel_unpadded = numel
 
 
 def load_optimizer(optimizer: ChainedOptimizer, states: dict[int, dict[str, Any]]) -> None:
