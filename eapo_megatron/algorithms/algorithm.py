@@ -218,6 +218,17 @@ class Algorithm:
         """The loss of one micro-batch and its metrics; see `policy_loss`. The values of the inputs are not checked."""
         return policy_loss_unchecked(inputs, self.loss_settings)
 
+    def quadrants(self, rewards: Tensor, group_ids: Tensor, mask: Tensor, *, entropies: Tensor) -> dict[str, Tensor]:
+        """The quadrants under these thresholds, of a batch that holds all of its groups; see `quadrant_masks`."""
+        return quadrant_masks(
+            rewards,
+            entropies,
+            mask,
+            group_ids,
+            threshold=self.quadrant_threshold,
+            positive_threshold=self.positive_threshold,
+        )
+
     def metrics(
         self, rewards: Tensor, group_ids: Tensor, mask: Tensor, *, entropies: Tensor, advantages: Tensor
     ) -> dict[str, float]:
@@ -226,14 +237,7 @@ class Algorithm:
         The tensors are those of `advantages`; `advantages` is its result.
         """
         tokens = max(int(mask.sum()), 1)
-        quadrants = quadrant_masks(
-            rewards,
-            entropies,
-            mask,
-            group_ids,
-            threshold=self.quadrant_threshold,
-            positive_threshold=self.positive_threshold,
-        )
+        quadrants = self.quadrants(rewards, group_ids, mask, entropies=entropies)
         return {
             "entropy/mean": float(torch.where(mask, entropies, 0.0).sum(dtype=torch.float64)) / tokens,
             "advantage/mean_abs": float(torch.where(mask, advantages, 0.0).abs().sum(dtype=torch.float64)) / tokens,

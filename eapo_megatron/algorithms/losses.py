@@ -65,10 +65,7 @@ def clipped_surrogate(inputs: LossInputs, *, eps_low: float = 0.2, eps_high: flo
     if not 0 < eps_low < 1:
         raise ValueError(f"eps_low must be in (0, 1), got {eps_low}")
     _check_eps_high(eps_high)
-    ratio = _ratios(inputs)
-    low, high = 1 - eps_low, 1 + eps_high
-    token_loss = -torch.minimum(ratio * inputs.advantages, ratio.clamp(low, high) * inputs.advantages)
-    return token_loss, _metrics(inputs, ratio, low, high)
+    return _clipped(inputs, _ratios(inputs), 1 - eps_low, 1 + eps_high)
 
 
 @reads("selected")
@@ -112,11 +109,8 @@ def clip_cov(
     _check_eps_low(eps_low)
     _check_eps_high(eps_high)
     assert inputs.selected is not None
-    ratio = _ratios(inputs)
-    low, high = 1 - eps_low, 1 + eps_high
-    token_loss = -torch.minimum(ratio * inputs.advantages, ratio.clamp(low, high) * inputs.advantages)
-    metrics = {"selected_share": inputs.selected, **_metrics(inputs, ratio, low, high)}
-    return (1 - inputs.selected) * token_loss, metrics
+    token_loss, metrics = _clipped(inputs, _ratios(inputs), 1 - eps_low, 1 + eps_high)
+    return (1 - inputs.selected) * token_loss, {"selected_share": inputs.selected, **metrics}
 
 
 def ce_gppo(
@@ -160,9 +154,7 @@ def gspo(inputs: LossInputs, *, eps_low: float = 3e-4, eps_high: float = 4e-4) -
     lengths = inputs.mask.sum(dim=1, keepdim=True).clamp(min=1)
     sequence = _clamp((log_ratio.sum(dim=1, keepdim=True, dtype=torch.float64) / lengths).to(log_ratio.dtype)).exp()
     ratio = sequence * (inputs.log_probs - inputs.log_probs.detach()).exp()
-    low, high = 1 - eps_low, 1 + eps_high
-    token_loss = -torch.minimum(ratio * inputs.advantages, ratio.clamp(low, high) * inputs.advantages)
-    return token_loss, _metrics(inputs, ratio, low, high)
+    return _clipped(inputs, ratio, 1 - eps_low, 1 + eps_high)
 
 
 def cispo(inputs: LossInputs, *, eps_low: float = 1.0, eps_high: float = 0.28) -> TokenLoss:
@@ -222,6 +214,12 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2
 
 def _ratios(inputs: LossInputs) -> Tensor:
     return _clamp(inputs.log_probs - inputs.old_log_probs).exp()
+
+
+def _clipped(inputs: LossInputs, ratio: Tensor, low: float, high: float) -> TokenLoss:
+    """-min(ratio A, clip(ratio, low, high) A)."""
+    token_loss = -torch.minimum(ratio * inputs.advantages, ratio.clamp(low, high) * inputs.advantages)
+    return token_loss, _metrics(inputs, ratio, low, high)
 
 
 def _metrics(inputs: LossInputs, ratio: Tensor, low: float, high: float) -> dict[str, Tensor]:

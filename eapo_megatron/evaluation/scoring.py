@@ -11,6 +11,7 @@ from eapo_megatron.evaluation.examination import Examination
 from eapo_megatron.evaluation.response_file import ResponseFile
 from eapo_megatron.evaluation.tasks import Task, with_reward_of
 from eapo_megatron.rewards import RewardPool
+from eapo_megatron.rewards.verifier import open_verifier, verify
 
 _SCORED_TOGETHER = 1024
 
@@ -19,13 +20,7 @@ def rescore(examination: Examination, file: ResponseFile) -> None:
     """Verifies the file's responses to these benchmarks again, without the model, and puts the new rewards in place."""
     for task in examination.tasks:
         reward = with_reward_of(examination.recipe, task.benchmark).reward
-        with RewardPool(
-            num_workers=reward.num_workers,
-            timeout_seconds=reward.timeout_seconds,
-            reward=reward.function,
-            thinking=reward.thinking,
-            no_verdict=math.nan,
-        ) as pool:
+        with open_verifier(reward, no_verdict=math.nan) as pool:
             file.replace(_scored_again(task, pool, file.records()))
 
 
@@ -35,17 +30,8 @@ def _scored_again(task: Task, pool: RewardPool, records: Iterable[dict[str, Any]
     while batch := list(islice(left, _SCORED_TOGETHER)):
         own = [record for record in batch if record["benchmark"] == task.benchmark.name]
         prompts = [task.prompts[record["problem"]] for record in own]
-        contexts = [
-            {
-                "prompt": prompt.text,
-                "finished": record["finished"],
-                "length": record["tokens"],
-                "record": prompt.record,
-            }
-            for record, prompt in zip(own, prompts, strict=True)
-        ]
-        texts = [record["text"] for record in own]
-        rewards = pool.score(texts, [prompt.answer for prompt in prompts], contexts).rewards if own else []
+        texts, finished, lengths = ([record[field] for record in own] for field in ("text", "finished", "tokens"))
+        rewards = verify(pool, prompts, texts, finished, lengths).rewards if own else []
         for record, reward in zip(own, rewards, strict=True):
             record["reward"] = known_reward(reward)
         yield from batch

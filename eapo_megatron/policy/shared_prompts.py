@@ -7,6 +7,7 @@ in the cache of the rows. Scores of both parts pass through one softmax.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,8 +53,9 @@ class SharedPrompts:
         context = context + self._to_rows(self._to_prompts(of_prompts) @ prompt_values, query.shape[2])
         return context.reshape(1, batch, -1)
 
+    @cached_property
     def _slots(self) -> tuple[Tensor, int]:
-        """Of each row its place among `most` places a prompt, as one index over all prompts."""
+        """Of each row its place among `most` places a prompt, as one index over all prompts: once for all layers."""
         counts = torch.bincount(self.prompt_of_row, minlength=self.padding.shape[0])
         most = int(counts.max())
         first = counts.cumsum(0) - counts
@@ -62,14 +64,14 @@ class SharedPrompts:
 
     def _to_prompts(self, of_rows: Tensor) -> Tensor:
         """[B, groups, repeats, n] -> [P, groups, most * repeats, n]: places that no row has hold zeros."""
-        slots, most = self._slots()
+        slots, most = self._slots
         prompts, (_, groups, repeats, n) = self.padding.shape[0], of_rows.shape
         laid = of_rows.new_zeros(prompts * most, groups, repeats, n).index_copy(0, slots, of_rows)
         return laid.view(prompts, most, groups, repeats, n).transpose(1, 2).reshape(prompts, groups, most * repeats, n)
 
     def _to_rows(self, of_prompts: Tensor, repeats: int) -> Tensor:
         """[P, groups, most * repeats, n] -> [B, groups, repeats, n]."""
-        slots, most = self._slots()
+        slots, most = self._slots
         prompts, groups, _, n = of_prompts.shape
         laid = of_prompts.view(prompts, groups, most, repeats, n).transpose(1, 2)
         return laid.reshape(prompts * most, groups, repeats, n).index_select(0, slots)

@@ -1,6 +1,6 @@
 """Token records: what training knew of each token of a few sampled groups, in RUN/tokens/step_000012.parquet.
 
-A row is a response, a row group of the file a group. `token_table` lists the columns. The file of a step is written
+A row is a response, a row group of the file a group. `SCHEMA` lists the columns. The file of a step is written
 under a temporary name and renamed, so that a kill leaves whole files alone. A resumed run drops the steps after its
 checkpoint.
 

@@ -1,7 +1,7 @@
 """The figures of the paper (arXiv 2604.11056) from runs' own records, each of panels that stand alone or together.
 
-`make_figures` says which figures the records allow, and why they do not allow the others. A figure is drawn once as
-PNG and SVG files, and its panels once more as SVG for the page, which takes its colours and its width.
+A function of experiments gives each, or says why the records do not allow it (`report.FIGURES`). A figure is drawn
+once as PNG and SVG files, and its panels once more as SVG for the page, which takes its colours and its width.
 """
 
 from __future__ import annotations

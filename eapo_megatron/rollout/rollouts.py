@@ -18,7 +18,7 @@ from eapo_megatron.config import Recipe
 from eapo_megatron.data import Prompt, PromptSet, prompt_indices
 from eapo_megatron.policy.responses import Responses
 from eapo_megatron.policy.runtime import Runtime
-from eapo_megatron.rewards import RewardPool
+from eapo_megatron.rewards.verifier import open_verifier, verify
 from eapo_megatron.rollout.engine import RolloutEngine, SamplingParams, response_seed
 
 if TYPE_CHECKING:
@@ -136,19 +136,8 @@ class Sampler:
         self.runtime = runtime
         self._max_response_tokens = recipe.rollout.max_response_tokens
         self._stop_token_ids = tuple(stop_token_ids)
-        reward = recipe.reward
         self._one_at_a_time = threading.Lock()  # evaluation and rollouts ahead of it share the verifier
-        self._pool = (
-            RewardPool(
-                num_workers=reward.num_workers,
-                timeout_seconds=reward.timeout_seconds,
-                reward=reward.function,
-                thinking=reward.thinking,
-                no_verdict=no_verdict,
-            )
-            if runtime.is_replica_leader
-            else None
-        )
+        self._pool = open_verifier(recipe.reward, no_verdict=no_verdict) if runtime.is_replica_leader else None
 
     def __enter__(self) -> Sampler:
         if self._pool is not None:
@@ -188,12 +177,8 @@ class Sampler:
         texts = [self.text(tokens) for tokens in responses.token_lists()]
         answered = [prompt for prompt, seeds in zip(own.prompts, own.seeds, strict=True) for _ in seeds]
         finished, lengths = responses.finished.tolist(), responses.lengths.tolist()
-        contexts = [
-            {"prompt": prompt.text, "finished": is_finished, "length": length, "record": prompt.record}
-            for prompt, is_finished, length in zip(answered, finished, lengths, strict=True)
-        ]
         with self._one_at_a_time:
-            verdict = self._pool.score(texts, [prompt.answer for prompt in answered], contexts)
+            verdict = verify(self._pool, answered, texts, finished, lengths)
         return torch.tensor([*verdict.rewards, verdict.timeouts + verdict.crashes], dtype=torch.float64)
 
     def together(self, draw: Draw, own: Responses, verdicts: Tensor) -> Rollouts:

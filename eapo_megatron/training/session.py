@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eapo_megatron.algorithms import Algorithm, SelectionInputs, group_advantages, quadrant_masks, uniform_draws
+from eapo_megatron.algorithms import Algorithm, SelectionInputs, group_advantages, uniform_draws
 from eapo_megatron.config import Model, Recipe, RecipeError
 from eapo_megatron.data.prompts import Prompt
 from eapo_megatron.durable import write_json
@@ -54,9 +54,7 @@ class Progress:
     skipped_steps: int = 0  # dynamic sampling found no group with differing rewards
     response_tokens: int = 0
     evaluations: dict[str, float] = field(default_factory=dict)  # solve rate by step
-    entropy_coef: float | None = (
-        None  # of the entropy bonus in the next step, where it adapts; None: as the recipe has it
-    )
+    entropy_coef: float | None = None  # of the next step, where the bonus adapts; None: as the recipe has it
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Progress:
@@ -202,7 +200,7 @@ class Run:
         if self.records is None or not count:
             return
         with self.timer("records"):
-            step, threshold = self.progress.step, algorithm.positive_threshold
+            step = self.progress.step
             tables = token_tables(
                 step,
                 sampled_groups(count, seed=self.recipe.seed, step=step, of=len(prompts)),
@@ -214,17 +212,10 @@ class Run:
                     batch.rewards,
                     batch.group_ids,
                     estimator=algorithm.advantage_estimator,
-                    positive_threshold=threshold,
+                    positive_threshold=algorithm.positive_threshold,
                 ),
                 shaped_advantages=shaped,
-                quadrants=quadrant_masks(
-                    batch.rewards,
-                    entropies,
-                    batch.mask,
-                    batch.group_ids,
-                    threshold=algorithm.quadrant_threshold,
-                    positive_threshold=threshold,
-                ),
+                quadrants=algorithm.quadrants(batch.rewards, batch.group_ids, batch.mask, entropies=entropies),
                 decode=lambda ids: str(self.sampler.tokenizer.decode(ids)),
             )
             self.records.tokens.write(step, tables)
