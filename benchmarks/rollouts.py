@@ -87,7 +87,7 @@ def generator(engine: str, folder: str) -> tuple[Callable[[list[list[int]], floa
         (recipe.run_folder / FOLDER).mkdir(parents=True)
         write_whole_config(recipe.run_folder / FOLDER, hf_config)
         opened = open_engine(policy, recipe, None)  # type: ignore[arg-type]
-    opened.update_weights(export_weights(policy.modules, policy.hf_config), 1)
+    opened.update_weights(export_weights(policy.modules, policy.hf_config, leaders_only=True), 1)
 
     def generate(prompts: list[list[int]], top_p: float) -> int:
         seeds = [[8 * row + sample for sample in range(GROUP)] for row in range(len(prompts))]

@@ -152,7 +152,7 @@ def run_rank(rank: int, options: argparse.Namespace, backend: str, folder: str, 
     )
 
     def exported() -> Iterator[tuple[str, torch.Tensor]]:
-        return export_weights(policy.modules, policy.hf_config)
+        return export_weights(policy.modules, policy.hf_config, leaders_only=True)
 
     num_bytes = sum(tensor.nbytes for _, tensor in exported())
     pair = dist.new_group([0, 1])

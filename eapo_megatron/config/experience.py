@@ -103,6 +103,8 @@ class Rollout(Section):
     def _of_vllm(self) -> Rollout:
         if self.engine == "vllm" and self.temperature < 0.01:
             raise ValueError(f"temperature {self.temperature}: vLLM samples at 0.01 or more")
+        if self.vllm.sleep and self.max_staleness:
+            raise ValueError("vllm.sleep needs max_staleness 0: servers that sample ahead never rest")
         return self
 
     @model_validator(mode="after")

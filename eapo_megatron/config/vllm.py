@@ -24,6 +24,8 @@ class VLLM(Section):
     """Ranks of vLLM that share each server's weights."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     """Share of each GPU for vLLM's weights and KV cache; a colocated trainer needs the rest."""
+    sleep: bool = False
+    """Whether colocated servers give their GPU memory back while the policy trains; their weights wait on the host."""
     kv_cache_gib: float | None = Field(None, gt=0, le=100_000)
     """GiB of KV cache of each rank of vLLM; null: what gpu_memory_utilization leaves, 1 on CPU."""
     weight_transfer: Literal["auto", "gloo", "shared_memory", "disk"] = "auto"
@@ -43,6 +45,8 @@ class VLLM(Section):
             raise ValueError("placement separate needs addresses, host:port of each server, or num_nodes for `submit`")
         if self.placement == "colocated" and self.num_nodes:
             raise ValueError("num_nodes is of placement separate")
+        if self.placement == "separate" and self.sleep:
+            raise ValueError("sleep is of placement colocated: separate servers share no memory with the trainer")
         if self.placement == "colocated" and self.addresses:
             raise ValueError("addresses are of placement separate; colocated servers are started by the run")
         for address in self.addresses:

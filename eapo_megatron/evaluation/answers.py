@@ -53,7 +53,7 @@ def answer(examination: Examination, file: ResponseFile, runtime: Runtime) -> No
     policy = open_policy(examination.hf_config, recipe.model, recipe.parallel, runtime, source)
     engine = open_engine(policy, recipe, examination.tokenizer)
     try:
-        engine.update_weights(export_weights(policy.modules, policy.hf_config), 0)
+        engine.update_weights(export_weights(policy.modules, policy.hf_config, leaders_only=True), 0)
         for task in examination.tasks:
             with Sampler(
                 engine,

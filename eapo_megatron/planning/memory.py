@@ -31,7 +31,8 @@ class RankMemory:
     logits: int  # what their logits and gradient would take instead
     kv_cache: int
     sampling: int
-    engine: int  # weights of a server that shares this rank's GPU and stays there, with its KV cache, in training
+    engine: int  # weights of a server that shares this rank's GPU
+    engine_sleeps: bool  # gives its weights and KV cache back in training
     reference: int  # weights of the reference policy
     reference_stays: bool  # or is on the host between its uses
 
@@ -51,7 +52,7 @@ class RankMemory:
 
     @property
     def _beside(self) -> int:
-        return self.engine + self.kv_cache if self.engine else 0
+        return self.engine + self.kv_cache if self.engine and not self.engine_sleeps else 0
 
     @property
     def rollout_peak(self) -> int:
@@ -85,6 +86,7 @@ def stage_memory(layout: Layout, stage: int) -> RankMemory:
         kv_cache=batch * layout.sequence_length * layers * kv_cache_bytes(layout),
         sampling=batch * layout.shape.vocab_size * SAMPLING_BYTES if last and layout.decodes_itself else 0,
         engine=layout.dtype_bytes * layout.engine_parameters() if hosts_engine else 0,
+        engine_sleeps=layout.recipe.rollout.vllm.sleep,
         reference=layout.dtype_bytes * parameters.total if layout.keeps_reference else 0,
         reference_stays=not layout.recipe.algorithm.reference_on_host,
     )

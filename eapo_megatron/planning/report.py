@@ -80,7 +80,9 @@ def _memory_table(plan: Plan) -> Table:
         ),
         "rollout: vLLM's weights": (
             memory.engine,
-            f"TP {layout.engine_tp}, in training too" if memory.engine else _engine_place(layout),
+            f"TP {layout.engine_tp}{', in training too' * (not memory.engine_sleeps)}"
+            if memory.engine
+            else _engine_place(layout),
         ),
         "rollout: KV cache": (
             memory.kv_cache,

@@ -63,8 +63,12 @@ class RolloutEngine(Protocol):
         """Brings the policy's current weights to the engine; responses say the `version` that they were sampled from.
 
         `named_tensors` are Hugging Face names and full tensors, made when they are asked for: an engine that needs them
-        iterates over all of them on every rank.
+        iterates over all of them on every rank. Their values are on the leader of each replica; see `export_weights`.
         """
+        ...
+
+    def sleep(self) -> None:
+        """May give memory back: the policy trains now. The next of the calls above wakes the engine."""
         ...
 
     def close(self) -> None:

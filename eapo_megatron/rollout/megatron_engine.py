@@ -52,6 +52,9 @@ class MegatronEngine:
         """Takes the version alone: the engine shares the policy's parameters."""
         self.version = version
 
+    def sleep(self) -> None:
+        """Its caches are gone with each batch."""
+
     def close(self) -> None:
         """It holds nothing of its own."""
 

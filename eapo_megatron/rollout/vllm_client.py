@@ -113,6 +113,13 @@ class VLLMClient:
     def resume(self) -> None:
         self._call("POST", "/resume")
 
+    def sleep(self) -> None:
+        """Moves the weights to the host's memory and drops the caches, on a GPU; serves nothing until `wake_up`."""
+        self._call("POST", "/sleep?level=1&mode=wait")
+
+    def wake_up(self) -> None:
+        self._call("POST", "/wake_up")
+
     def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
 

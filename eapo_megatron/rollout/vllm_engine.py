@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +87,7 @@ class VLLMEngine:
         self.version = 0
         self.in_flight: InFlight = recipe.rollout.requests_in_flight
         self._dropping = False
+        self._asleep = False
         self.restarts = 0
         self._recipe = recipe
         self._settings = recipe.rollout.vllm
@@ -113,6 +114,7 @@ class VLLMEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Sends the tensors to all servers, which then sample from them as `version`."""
         self.version = version
+        self._wake()
         self._send(named_tensors, [index for index in self._own if index not in self._lost])
         self.restore()
         if self._recipe.rollout.verify_weights:
@@ -125,6 +127,7 @@ class VLLMEngine:
         leads = self.policy.runtime.is_replica_leader
         requests = _requests(prompts, seeds, sampling) if leads else []
         answers: list[Answer | None] = [None] * len(requests)
+        self._wake()
         while True:
             self._answer(requests, answers)
             if not self.restore():
@@ -159,6 +162,27 @@ class VLLMEngine:
                 client.resume()
             except ServerLostError as error:
                 self._lose(server, client, str(error))
+
+    def sleep(self) -> None:
+        """Sends the servers to sleep, where `rollout.vllm.sleep` says so; no replica waits for responses any more."""
+        if self._settings.sleep:
+            self._asleep = True
+            self._tell_own(VLLMClient.sleep)
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            self._tell_own(VLLMClient.wake_up)
+
+    def _tell_own(self, call: Callable[[VLLMClient], None]) -> None:
+        """Calls each of this rank's servers; one that fails is lost."""
+        for server in self._own:
+            if server not in self._lost:
+                client = self._clients[server]
+                try:
+                    call(client)
+                except ServerLostError as error:
+                    self._lose(server, client, str(error))
 
     def close(self) -> None:
         """Ends the servers that this run started."""
@@ -235,7 +259,7 @@ class VLLMEngine:
                     self._clients.pop(server, None)
                 self._lost.clear()
             self._start(again)
-            weights = export_weights(self.policy.modules, self.policy.hf_config)
+            weights = export_weights(self.policy.modules, self.policy.hf_config, leaders_only=True)
             self._send(weights, [server for server in again if server not in self._lost])
         return revived
 

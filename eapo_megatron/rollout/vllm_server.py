@@ -56,6 +56,7 @@ def server_command(recipe: Recipe, folder: Path, *, host: str, port: int, on_gpu
     kv_cache_gib = settings.kv_cache_gib
     if on_gpu:
         options["gpu-memory-utilization"] = settings.gpu_memory_utilization
+        switches += ["enable-sleep-mode"] * settings.sleep
     else:
         kv_cache_gib = kv_cache_gib or CPU_KV_CACHE_GIB
         options["block-size"] = CPU_BLOCK_SIZE

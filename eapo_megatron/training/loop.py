@@ -74,6 +74,7 @@ def train_step(run: Run) -> dict[str, float]:
     with run.timer("rollout"):
         collected = collect(run.producer.round, recipe, run.progress.position)
         run.producer.sample_ahead(collected.position, rounds=recipe.train.steps - run.progress.step)
+        run.sampler.engine.sleep()
         run.record_samples(collected.drawn[0])
     run.progress.position = collected.position
     metrics, groups = collected.metrics(recipe.reward.positive_threshold, run.sampler.engine.version), collected.groups

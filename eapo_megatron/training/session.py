@@ -107,7 +107,7 @@ class Run:
 
     def update_engine(self) -> None:
         """Brings the policy's weights to the rollout engine; their version is the number of steps done."""
-        weights = export_weights(self.policy.modules, self.policy.hf_config)
+        weights = export_weights(self.policy.modules, self.policy.hf_config, leaders_only=True)
         self.sampler.engine.update_weights(weights, self.progress.step)
 
     def optimizer_steps(self, batch: Batch) -> list[list[int]]:

@@ -128,7 +128,10 @@ def test_vllm_beside_the_policy_takes_its_weights_and_cache() -> None:
     assert plan.memory.kv_cache == whole.kv_cache / 4
     assert plan.memory.rollout_peak == plan.memory.resident + plan.memory.engine + plan.memory.kv_cache
     beside = plan.memory.engine + plan.memory.kv_cache
-    assert plan.memory.training_peak == plan.memory.resident + plan.memory.activations + plan.memory.head + beside
+    trained = plan.memory.resident + plan.memory.activations + plan.memory.head
+    assert plan.memory.training_peak == trained + beside
+    asleep = plan_of(DENSE, "rollout.engine=vllm", "rollout.vllm={tensor_parallel_size: 4, sleep: true}").memory
+    assert (asleep.training_peak, asleep.rollout_peak) == (trained, plan.memory.rollout_peak)
     text = io.StringIO()
     print_plan(plan, Console(width=120, file=text))
     assert "vLLM's weights" in text.getvalue()

@@ -21,28 +21,38 @@ from eapo_megatron.weights.load import shard_of
 from eapo_megatron.weights.parameters import named_weights
 
 
-def right_after_loading(policy: Policy, source: HuggingFaceWeights) -> dict[str, Any]:
+def right_after_loading(policy: Policy, source: HuggingFaceWeights) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`of_export` for every rank and for leaders alone."""
+    return of_export(policy, source, leaders_only=False), of_export(policy, source, leaders_only=True)
+
+
+def of_export(policy: Policy, source: HuggingFaceWeights, *, leaders_only: bool) -> dict[str, Any]:
     """The names in their order, those whose bits or dtype are not the source's on any rank, and the peak of memory."""
     names, different = [], []
-    for name, tensor in export_weights(policy.modules, policy.hf_config):
+    leads = policy.runtime.is_replica_leader
+    for name, tensor in export_weights(policy.modules, policy.hf_config, leaders_only=leaders_only):
         kept_wide = name.endswith("e_score_correction_bias")
         expected = source.read(name).to(torch.float32 if kept_wide else policy.config.params_dtype)
         names.append(name)
-        if tensor.dtype != expected.dtype or bits(tensor) != bits(expected):
+        if leaders_only and not leads:
+            right = tensor.is_meta and tensor.shape == expected.shape
+        else:
+            right = bits(tensor) == bits(expected)
+        if tensor.dtype != expected.dtype or not right:
             different.append(name)
     ranks = policy.runtime.gather_objects((names, different))
     return {
         "names": names,
         "same_order": all(order == names for order, _ in ranks),
         "different": sorted({name for _, wrong in ranks for name in wrong}),
-        "peak": max(policy.runtime.gather_objects(peak_of_parameters(policy))),
+        "peak": max(policy.runtime.gather_objects(peak_of_parameters(policy, leaders_only=leaders_only))),
     }
 
 
-def peak_of_parameters(policy: Policy) -> float:
+def peak_of_parameters(policy: Policy, *, leaders_only: bool) -> float:
     """The most bytes that an export holds at once on this rank, as parts of the largest parameter's."""
     with Held(policy) as held:
-        deque(export_weights(policy.modules, policy.hf_config), maxlen=0)
+        deque(export_weights(policy.modules, policy.hf_config, leaders_only=leaders_only), maxlen=0)
     weights = family_of(dict(policy.hf_config)).weights(policy.hf_config)
     largest = max(sum(torch.Size(shape).numel() for shape in weight.shapes) for weight in weights)
     return held.peak / (largest * policy.config.params_dtype.itemsize)

@@ -41,6 +41,9 @@ class KnownEngine(AsynchronousEngine):
     def drop_requests(self) -> None:
         """None wait."""
 
+    def sleep(self) -> None:
+        """It holds nothing."""
+
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Responses:

@@ -39,7 +39,7 @@ def main(recipe: Recipe, out: Path) -> None:
     results = []
     try:
         for version in (1, 2):
-            engine.update_weights(export_weights(policy.modules, policy.hf_config), version)
+            engine.update_weights(export_weights(policy.modules, policy.hf_config, leaders_only=True), version)
             sampling = SamplingParams(temperature=TEMPERATURE, top_p=0.9, max_response_tokens=20)
             responses = engine.generate(PROMPTS, [[version, 2], [3], [4, 5]], sampling)
             assert len(set(map(str, runtime.gather_objects(responses.token_lists())))) == 1, "ranks differ"

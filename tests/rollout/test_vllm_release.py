@@ -67,6 +67,8 @@ def test_separate_servers_need_no_vllm_here(monkeypatch: pytest.MonkeyPatch) -> 
         ({"vllm": {"addresses": ["a:1"]}}, "addresses are of placement separate"),
         ({"vllm": {"placement": "separate", "addresses": ["a"]}}, "must be host:port, got 'a'"),
         ({"vllm": {"placement": "separate", "addresses": ["a:1", "a:1"]}}, "must differ"),
+        ({"vllm": {"placement": "separate", "addresses": ["a:1"], "sleep": True}}, "sleep is of placement colocated"),
+        ({"max_staleness": 1, "vllm": {"sleep": True}}, "servers that sample ahead never rest"),
         ({"engine": "vllm", "temperature": 0.001}, "vLLM samples at 0.01 or more"),
     ],
 )

@@ -38,7 +38,12 @@ def recipe(model: tuple[Path, torch.nn.Module]) -> Recipe:
             "name": "run",
             "model": {"path": str(folder), "dtype": "float32"},
             "data": {"task": "arithmetic", "max_prompt_tokens": 128},
-            "rollout": {"engine": "vllm", "max_response_tokens": 64, "max_batch_size": 16, "vllm": {"bucket_mb": 1}},
+            "rollout": {
+                "engine": "vllm",
+                "max_response_tokens": 64,
+                "max_batch_size": 16,
+                "vllm": {"bucket_mb": 1, "sleep": True},
+            },
             "logging": {"run_dir": str(folder.parent)},
         }
     )

@@ -20,6 +20,7 @@ from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.vllm_client import Request
 from eapo_megatron.rollout.vllm_engine import VLLMEngine, open_engine
 from eapo_megatron.rollout.weight_transfer import buckets
+from eapo_megatron.stopping import TrainingStoppedError
 from eapo_megatron.weights.export import export_weights
 
 LONG_PROMPT = [(7 * i) % VOCAB_SIZE for i in range(100)]  # several blocks of the prefix cache
@@ -28,7 +29,7 @@ LONG_PROMPT = [(7 * i) % VOCAB_SIZE for i in range(100)]  # several blocks of th
 @pytest.fixture(scope="module")
 def engine(policy: Policy, recipe: Recipe) -> Iterator[VLLMEngine]:
     engine = open_engine(policy, recipe, None)  # type: ignore[arg-type]
-    engine.update_weights(export_weights(policy.modules, policy.hf_config), 3)
+    engine.update_weights(export_weights(policy.modules, policy.hf_config, leaders_only=True), 3)
     yield engine
     engine.close()
 
@@ -89,7 +90,7 @@ def assert_samples_from(engine: VLLMEngine, model: torch.nn.Module, version: int
 
 
 def exported(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    return export_weights(policy.modules, policy.hf_config)
+    return export_weights(policy.modules, policy.hf_config, leaders_only=True)
 
 
 def test_new_weights_and_no_stale_prefix(engine: VLLMEngine, policy: Policy, float64: torch.nn.Module) -> None:
@@ -102,6 +103,30 @@ def test_new_weights_and_no_stale_prefix(engine: VLLMEngine, policy: Policy, flo
     assert_samples_from(engine, moved, 4)
     engine.update_weights(exported(policy), 5)
     assert_samples_from(engine, float64, 5)
+
+
+def test_a_sleeping_server_wakes_for_weights_and_for_prompts(
+    engine: VLLMEngine, policy: Policy, float64: torch.nn.Module
+) -> None:
+    def is_asleep() -> bool:
+        return bool(engine._clients[0]._call("GET", "/is_sleeping")["is_sleeping"])
+
+    engine.sleep()
+    assert is_asleep()
+    engine.update_weights(exported(policy), 5)
+    assert not is_asleep()
+    engine.sleep()
+    assert_samples_from(engine, float64, 5)
+    assert not is_asleep()
+
+
+def test_weights_that_are_not_the_trainers_end_the_run(engine: VLLMEngine, policy: Policy) -> None:
+    engine._verify()
+    engine.update_weights(perturbed(exported(policy), seed=7), 5)
+    with pytest.raises(TrainingStoppedError, match=r"rollout\.verify_weights: the engine's log-probs differ from"):
+        engine._verify()
+    engine.update_weights(exported(policy), 5)
+    engine._verify()
 
 
 def test_responses_in_flight_go_on_with_new_weights(engine: VLLMEngine, policy: Policy) -> None:

@@ -35,7 +35,7 @@ def engine(policy: Policy, recipe: Recipe) -> Iterator[VLLMEngine]:
         rollout = recipe.rollout.model_copy(update={"vllm": settings, "max_batch_size": 4})
         engine = open_engine(policy, recipe.model_copy(update={"rollout": rollout}), None)  # type: ignore[arg-type]
         assert not engine._clients[0].address.endswith(f":{occupied.getsockname()[1]}")
-    engine.update_weights(export_weights(policy.modules, policy.hf_config), 1)
+    engine.update_weights(export_weights(policy.modules, policy.hf_config, leaders_only=True), 1)
     yield engine
     engine.close()
 
