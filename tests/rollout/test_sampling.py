@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eapo_megatron.rollout.engine import SamplingParams, response_seed
 from eapo_megatron.rollout import sampling as sampling_module
+from eapo_megatron.rollout.engine import SamplingParams, response_seed
 from eapo_megatron.rollout.sampling import draw, filtered, response_uniforms, sample
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
