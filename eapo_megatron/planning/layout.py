@@ -128,6 +128,12 @@ class Layout:
         prompts = min(max(rollout.max_batch_size // generations, 1), -(-train.num_prompts_per_step // self.dp))
         return prompts * generations
 
+    def cached_tokens(self, batch: int) -> int:
+        """Tokens whose keys and values are cached for a batch; the policy itself caches a group's prompt once."""
+        longest, response = self.recipe.data.max_prompt_tokens, self.recipe.rollout.max_response_tokens
+        copies = self.recipe.rollout.num_generations_per_prompt if self.decodes_itself else 1
+        return batch // copies * longest + batch * response
+
     @cached_property
     def keeps_reference(self) -> bool:
         """Whether ranks hold a reference policy beside the one that is trained."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from eapo_megatron.planning.activations import FLOAT32, layer_bytes, recomputed_layer_bytes
 from eapo_megatron.planning.layout import Layout
 
-# float32 log-probs (4), in float64 (8), exponentiated (8) and summed up (8), of every entry of the vocabulary
-SAMPLING_BYTES = 28
+# float32 logits (4), shifted (4), exponentiated (4) and laid out in blocks (4), of every entry of the vocabulary; top-p
+# of a flat distribution sorts them all: which are kept (1), sorted weights (4), their order (8) and their sums (8)
+SAMPLING_BYTES = 37
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def stage_memory(layout: Layout, stage: int) -> RankMemory:
         activations=int(activation_bytes(layout, stage)),
         head=int(head_bytes(layout)) if last else 0,
         logits=logits_bytes(layout) if last else 0,
-        kv_cache=batch * layout.sequence_length * layers * kv_cache_bytes(layout),
+        kv_cache=layout.cached_tokens(batch) * layers * kv_cache_bytes(layout),
         sampling=batch * layout.shape.vocab_size * SAMPLING_BYTES if last and layout.decodes_itself else 0,
         engine=layout.dtype_bytes * layout.engine_parameters() if hosts_engine else 0,
         engine_sleeps=layout.recipe.rollout.vllm.sleep,

@@ -19,6 +19,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
@@ -29,6 +31,7 @@ from eapo_megatron.config import Head, Model, Parallel
 from eapo_megatron.policy.block import block_spec
 from eapo_megatron.policy.runtime import Runtime
 from eapo_megatron.vocab_parallel import linear_kept_log_probs_and_entropy, linear_log_probs_and_entropy
+from eapo_megatron.vocab_parallel.linear_tiles import product
 from eapo_megatron.weights.families import family_of, padded_vocab_size
 from eapo_megatron.weights.huggingface import WeightSource
 from eapo_megatron.weights.load import load_weights
@@ -173,11 +176,15 @@ class Policy:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Without gradients, in evaluation mode, and without sequence parallelism (single tokens do not split)."""
+        """Without gradients, in evaluation mode, and without sequence parallelism (single tokens do not split).
+
+        Linear layers multiply and do nothing else: Megatron's prepare for a backward pass that does not come.
+        """
+        parts = [part for module in self.modules for part in module.modules()]
+        linears = [part for part in parts if isinstance(part, ColumnParallelLinear | RowParallelLinear)]
         sharded = [
             (part, name)
-            for module in self.modules
-            for part in module.modules()
+            for part in parts
             for name in SEQUENCE_PARALLEL_ATTRIBUTES
             if getattr(part, name, False) is True and self.config.sequence_parallel
         ]
@@ -185,14 +192,24 @@ class Policy:
         self.config.sequence_parallel, before = False, self.config.sequence_parallel
         for module in self.modules:
             module.eval()
+        for part in linears:
+            part._forward_impl = _multiply  # type: ignore[method-assign]
         try:
             with torch.no_grad():
                 yield
         finally:
+            for part in linears:
+                del part._forward_impl
             for module in self.modules:
                 module.train()
             self.config.sequence_parallel = before
             _set_all(sharded, True)
+
+
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+    """input [..., H] @ weight [C, H].T + bias; further arguments are of backward passes."""
+    output = product(input.flatten(end_dim=-2), weight.T).unflatten(0, input.shape[:-1])
+    return output if bias is None else output + bias
 
 
 def _set_all(attributes: Sequence[tuple[torch.nn.Module, str]], value: bool) -> None:

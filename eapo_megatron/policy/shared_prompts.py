@@ -44,7 +44,8 @@ class SharedPrompts:
         query = query.reshape(batch, groups, heads // groups, size) * (scale or size**-0.5)
         prompt_keys, prompt_values = self.cached[layer]
         of_prompts = self._to_prompts(query) @ prompt_keys.transpose(-1, -2)
-        of_prompts = of_prompts.masked_fill(self.padding[:, None, None], -torch.inf)
+        if self._pads:
+            of_prompts = of_prompts.masked_fill(self.padding[:, None, None], -torch.inf)
         own = query @ key[self.width :].permute(1, 2, 3, 0)
         scores = torch.cat([self._to_rows(of_prompts, query.shape[2]), own], dim=-1)
         shares = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
@@ -54,10 +55,19 @@ class SharedPrompts:
         return context.reshape(1, batch, -1)
 
     @cached_property
-    def _slots(self) -> tuple[Tensor, int]:
-        """Of each row its place among `most` places a prompt, as one index over all prompts: once for all layers."""
+    def _pads(self) -> bool:
+        return bool(self.padding.any())
+
+    @cached_property
+    def _slots(self) -> tuple[Tensor | None, int]:
+        """Of each row its place among `most` places a prompt, as one index over all prompts: once for all layers.
+
+        None: every prompt has `most` rows, so the places are the rows in their order.
+        """
         counts = torch.bincount(self.prompt_of_row, minlength=self.padding.shape[0])
         most = int(counts.max())
+        if most * len(counts) == len(self.prompt_of_row):
+            return None, most
         first = counts.cumsum(0) - counts
         place = torch.arange(self.prompt_of_row.numel(), device=counts.device) - first[self.prompt_of_row]
         return self.prompt_of_row * most + place, most
@@ -66,7 +76,9 @@ class SharedPrompts:
         """[B, groups, repeats, n] -> [P, groups, most * repeats, n]: places that no row has hold zeros."""
         slots, most = self._slots
         prompts, (_, groups, repeats, n) = self.padding.shape[0], of_rows.shape
-        laid = of_rows.new_zeros(prompts * most, groups, repeats, n).index_copy(0, slots, of_rows)
+        laid = of_rows
+        if slots is not None:
+            laid = of_rows.new_zeros(prompts * most, groups, repeats, n).index_copy(0, slots, of_rows)
         return laid.view(prompts, most, groups, repeats, n).transpose(1, 2).reshape(prompts, groups, most * repeats, n)
 
     def _to_rows(self, of_prompts: Tensor, repeats: int) -> Tensor:
@@ -74,4 +86,5 @@ class SharedPrompts:
         slots, most = self._slots
         prompts, groups, _, n = of_prompts.shape
         laid = of_prompts.view(prompts, groups, most, repeats, n).transpose(1, 2)
-        return laid.reshape(prompts * most, groups, repeats, n).index_select(0, slots)
+        laid = laid.reshape(prompts * most, groups, repeats, n)
+        return laid if slots is None else laid.index_select(0, slots)

@@ -1,7 +1,8 @@
 """The embedded engine: the training policy itself decodes, with a KV cache, under the training layout.
 
 Prompts are padded on the left (rotary positions are relative, so a shift changes nothing), prefilled once and cached
-once for the G responses of each; rows that are done leave the batch once half of it is.
+once for the G responses of each. The responses' own cache grows with them; rows that are done leave the batch once half
+of it is.
 Pipeline stages pass hidden states down, chunk by chunk under interleaving; the last stage draws the tokens.
 Replicas that share experts (expert parallelism over data-parallel ranks) step together: one that is done keeps decoding
 a row, whose tokens nobody reads, until all are done.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GIVES = ("entropies", "kept_ids", "routes")
+ROOM = 16  # tokens a row, by which the cache grows
 
 
 def open_engine(policy: Policy, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MegatronEngine:
@@ -157,6 +159,8 @@ class MegatronEngine:
                 left = running.nonzero().squeeze(-1) if alive else active.new_zeros(1)
                 shared = _select_rows(context, shared, left)
                 active, drawn, running = active[left], drawn[left], running[left]
+            if step % ROOM == 0:
+                _make_room(context, width, room=min(step + ROOM, length))
             context.sequence_len_offset = width + step
             logits = self._forward(drawn.unsqueeze(-1), shared, context)
             if routes is not None:
@@ -258,26 +262,46 @@ def _prefill_mask(padding: Tensor, width: int) -> Tensor:
 
 
 def _share_prompts(context: StaticInferenceContext, padding: Tensor, width: int, rows: Tensor) -> SharedPrompts:
-    """Takes the prompts out of the cache [s, b, groups, d], whose batch becomes `rows`: each the row's prompt.
-
-    In memory the positions of a row and group lie side by side: so attention on the CPU reads them fastest.
-    """
+    """Takes the prompts out of the cache [s, b, groups, d], whose batch becomes `rows`: each the row's prompt."""
     cached = {}
     for layer, parts in context.key_value_memory_dict.items():
         cached[layer] = tuple(part[:width].permute(1, 2, 0, 3).contiguous() for part in parts)
-        context.key_value_memory_dict[layer] = tuple(
-            part.new_empty(rows.numel(), part.shape[2], part.shape[0], part.shape[3]).permute(2, 0, 1, 3)
-            for part in parts
-        )
+        context.key_value_memory_dict[layer] = tuple(_row_cache(part, width, rows.numel(), room=0) for part in parts)
     context.max_batch_size = rows.numel()
     return SharedPrompts(cached, torch.arange(width, device=padding.device) < padding.unsqueeze(-1), rows)
 
 
+def _row_cache(like: Tensor, width: int, rows: int, *, room: int) -> Tensor:
+    """A cache [width + room, rows, groups, d] for tokens after the prompts, which end at position `width`.
+
+    Nobody writes or reads the first `width` positions here: they have no memory of their own, but lie over other rows'.
+    The others lie side by side for each row and group, without a gap to the next: so attention on the CPU reads them
+    fastest.
+    """
+    _, _, groups, size = like.shape
+    block = room * size
+    memory = like.new_empty(width * size + rows * groups * block)
+    return memory.as_strided((width + room, rows, groups, size), (size, groups * block, block, 1))
+
+
+def _make_room(context: StaticInferenceContext, width: int, *, room: int) -> None:
+    """Lays the rows' cache anew, with memory for `room` tokens."""
+    for layer, parts in context.key_value_memory_dict.items():
+        larger = []
+        for part in parts:
+            larger.append(_row_cache(part, width, part.shape[1], room=room))
+            larger[-1][width : part.shape[0]] = part[width:]
+        context.key_value_memory_dict[layer] = tuple(larger)
+
+
 def _select_rows(context: StaticInferenceContext, shared: SharedPrompts, rows: Tensor) -> SharedPrompts:
     """Keeps these rows of the cache's batch, in ascending order."""
+    width = shared.width
     for layer, parts in context.key_value_memory_dict.items():
-        context.key_value_memory_dict[layer] = tuple(
-            part.permute(1, 2, 0, 3).index_select(0, rows).permute(2, 0, 1, 3) for part in parts
-        )
+        kept = []
+        for part in parts:
+            kept.append(_row_cache(part, width, rows.numel(), room=part.shape[0] - width))
+            kept[-1][width:] = part[width:].index_select(1, rows)
+        context.key_value_memory_dict[layer] = tuple(kept)
     context.max_batch_size = rows.numel()
     return shared.of_rows(rows)

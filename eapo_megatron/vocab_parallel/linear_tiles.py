@@ -140,7 +140,7 @@ def backward(
                 if isinstance(rows, slice):
                     _add_product(of_hidden[rows], g, strip)
                 else:
-                    of_hidden.index_add_(0, rows, _product(g, strip))
+                    of_hidden.index_add_(0, rows, product(g, strip))
             if of_weight is not None:
                 _add_product(of_weight, g.T, states)
             if of_bias is not None:
@@ -175,14 +175,14 @@ def _scratch(scale: Tensor, chunk: int) -> Tensor:
 
 def _logits(states: Tensor, strip: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
     """A tile of z."""
-    z = _product(states, strip.T)
+    z = product(states, strip.T)
     if bias is not None:
         z += bias
     return z.mul_(scale[:, None])
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right."""
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left [M, K] @ right [K, N], by whichever library is faster; no gradient flows through it."""
     if _onednn_takes(left):
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
     return left @ right
@@ -191,7 +191,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right."""
     if _onednn_takes(left):
-        total += _product(left, right)
+        total += product(left, right)
     else:
         total.addmm_(left, right)
 

@@ -103,23 +103,29 @@ class Sent(TorchDispatchMode):
 
 def kv_cache_bytes(policy: Policy, batch_size: int) -> int:
     """What the embedded engine's cache holds when every response reaches its full length."""
-    contexts = []
+    contexts, prompts = [], []
+
+    class Shared(megatron_engine.SharedPrompts):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            prompts.append(self)
 
     class Context(megatron_engine.StaticInferenceContext):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             contexts.append(self)
 
-    original, megatron_engine.StaticInferenceContext = megatron_engine.StaticInferenceContext, Context
+    originals = megatron_engine.StaticInferenceContext, megatron_engine.SharedPrompts
+    megatron_engine.StaticInferenceContext, megatron_engine.SharedPrompts = Context, Shared
     try:
         engine = megatron_engine.MegatronEngine(policy, pad_token_id=0, max_batch_size=batch_size)
-        every_token = tuple(range(policy.vocab_size))  # stops at once: the cache is there from the start
-        sampling = SamplingParams(max_response_tokens=RESPONSE_TOKENS, stop_token_ids=every_token)
+        sampling = SamplingParams(max_response_tokens=RESPONSE_TOKENS)
         engine.generate([[1] * PROMPT_TOKENS] * 2, [[1, 2, 3, 4]] * 2, sampling)
     finally:
-        megatron_engine.StaticInferenceContext = original
-    (context,) = contexts
-    return sum(tensor.nbytes for pair in context.key_value_memory_dict.values() for tensor in pair)
+        megatron_engine.StaticInferenceContext, megatron_engine.SharedPrompts = originals
+    of_prompts = [tensor for pair in prompts[0].cached.values() for tensor in pair]
+    of_rows = [tensor[prompts[0].width :] for pair in contexts[0].key_value_memory_dict.values() for tensor in pair]
+    return sum(tensor.nbytes for tensor in [*of_prompts, *of_rows])
 
 
 def resident_bytes(policy: Policy, optimizer: PolicyOptimizer) -> dict[str, int]:

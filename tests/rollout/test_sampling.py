@@ -10,8 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eapo_megatron.rollout import sampling as sampling_module
 from eapo_megatron.rollout.engine import SamplingParams, response_seed
-from eapo_megatron.rollout.sampling import draw, filtered_log_probs, response_uniforms, sample
+from eapo_megatron.rollout.sampling import draw, filtered, response_uniforms, sample
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 
@@ -41,24 +42,22 @@ def reference(logits: list[float], temperature: float, top_k: int, top_p: float)
 )
 def test_filtered_distribution(rows: int, vocab: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
-    full = (logits / temperature).log_softmax(-1)
-    actual = filtered_log_probs(full, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
-    assert actual.dtype == torch.float32
+    kept = filtered((logits / temperature).exp(), SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
+    assert kept.dtype == torch.float32
+    actual = kept.double() / kept.double().sum(-1, keepdim=True)
     near = [[reference(row, temperature, top_k, p) for row in logits.tolist()] for p in (top_p - 1e-5, top_p + 1e-5)]
     assume(top_p == 1 or [[x > 0 for x in row] for row in near[0]] == [[x > 0 for x in row] for row in near[1]])
     expected = [reference(row, temperature, top_k, top_p) for row in logits.tolist()]
-    # Log-probs are differences of numbers of this size, and of the logarithm of a sum of at most 40 terms.
+    # Of the exponential of a float32 number of this size.
     rounding = (8 * float(logits.abs().max()) / temperature + 64) * 2.0**-24
-    torch.testing.assert_close(
-        actual.double().exp(), torch.tensor(expected, dtype=torch.float64), rtol=rounding, atol=0
-    )
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=rounding, atol=0)
 
 
 def test_top_p_keeps_the_token_that_reaches_the_mass() -> None:
-    log_probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    weights = torch.tensor([[1.0, 0.6, 0.3, 0.1]])
 
     def kept(top_p: float) -> list[int]:
-        return filtered_log_probs(log_probs, SamplingParams(top_p=top_p)).isfinite()[0].nonzero().flatten().tolist()
+        return filtered(weights, SamplingParams(top_p=top_p))[0].nonzero().flatten().tolist()
 
     assert kept(0.01) == [0]
     assert kept(0.49) == [0]
@@ -69,8 +68,31 @@ def test_top_p_keeps_the_token_that_reaches_the_mass() -> None:
 
 
 def test_top_k_1_is_certain() -> None:
-    full = torch.tensor([[0.1, 2.0, -1.0]]).log_softmax(-1)
-    assert filtered_log_probs(full, SamplingParams(top_k=1)).tolist() == [[-math.inf, 0.0, -math.inf]]
+    assert filtered(torch.tensor([[0.1, 2.0, 0.0]]), SamplingParams(top_k=1)).tolist() == [[0.0, 2.0, 0.0]]
+
+
+def test_top_p_is_the_same_however_many_tokens_it_looks_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 1 to 900 tokens in the nucleus of a vocabulary of 1,000."""
+    generator = torch.Generator().manual_seed(5)
+    sharpness = torch.tensor([[0.0], [0.1], [1.0], [3.0], [10.0], [100.0]])
+    weights = (torch.randn(6, 1000, generator=generator) * sharpness).softmax(-1)
+    kept = {}
+    for candidates in (1, 7, 256, 1000):
+        monkeypatch.setattr(sampling_module, "CANDIDATES", candidates)
+        kept[candidates] = filtered(weights, SamplingParams(top_p=0.9))
+    assert all(torch.equal(kept[1000], other) for other in kept.values())
+    for row, all_weights in zip(kept[1000], weights, strict=True):
+        assert len(row.nonzero()) == fewest(all_weights.tolist(), 0.9)
+
+
+def fewest(weights: list[float], top_p: float) -> int:
+    """How many of the largest weights reach top_p of their sum."""
+    mass, total = 0.0, math.fsum(weights)
+    for count, weight in enumerate(sorted(weights, reverse=True)):
+        if mass >= top_p * total:
+            return count
+        mass += weight
+    return len(weights)
 
 
 @given(
@@ -106,15 +128,12 @@ def test_log_probs_and_entropies_are_of_the_full_softmax(
         assert float(drawn.entropies[i]) == pytest.approx(entropy, abs=2 * bound)
 
 
-def test_without_top_p_and_top_k_nothing_changes() -> None:
-    """Bit for bit: what is told of a token is what it was drawn from, and all mass was kept."""
+def test_without_top_p_and_top_k_all_mass_is_kept() -> None:
     generator = torch.Generator().manual_seed(3)
     logits, uniforms = torch.randn(50, 300, generator=generator) * 4, torch.rand(50, generator=generator)
     sampling = SamplingParams(temperature=0.7)
     drawn = sample(logits, uniforms, sampling)
-    tokens, log_probs = draw(filtered_log_probs((logits / 0.7).log_softmax(-1), sampling), uniforms)
-    assert torch.equal(drawn.tokens, tokens)
-    assert torch.equal(drawn.log_probs, log_probs)
+    assert torch.equal(drawn.tokens, draw((logits / 0.7).softmax(-1), uniforms))
     assert torch.equal(drawn.kept_mass, torch.ones(50))
     assert drawn.entropies is None
 
@@ -122,9 +141,23 @@ def test_without_top_p_and_top_k_nothing_changes() -> None:
 def test_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
     probabilities = torch.tensor([0.125, 0.25, 0.5, 0.125])
     uniforms = torch.tensor([0.0, 0.1249, 0.126, 0.374, 0.376, 0.874, 0.876, ALMOST_ONE], dtype=torch.float64)
-    tokens, log_probs = draw(probabilities.log().expand(len(uniforms), -1), uniforms)
+    tokens = draw(probabilities.expand(len(uniforms), -1), uniforms)
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    torch.testing.assert_close(log_probs, probabilities.log()[tokens])
+
+
+@given(vocab=st.integers(1, 400), seed=st.integers(0, 2**31))
+def test_draw_passes_the_uniform_where_the_cumulative_distribution_does(vocab: int, seed: int) -> None:
+    """Over several blocks, against float64 sums."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = (torch.randn(8, vocab, generator=generator) * 6).exp() * (torch.rand(8, vocab, generator=generator) < 0.7)
+    weights[:, -1] += 1e-3
+    uniforms = torch.rand(8, generator=generator, dtype=torch.float64)
+    tokens = draw(weights, uniforms)
+    for row, token, uniform in zip(weights.double().tolist(), tokens.tolist(), uniforms.tolist(), strict=True):
+        total = math.fsum(row)
+        assert row[token] > 0
+        assert math.fsum(row[:token]) <= (uniform + 1e-6) * total
+        assert math.fsum(row[: token + 1]) >= (uniform - 1e-6) * total
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1e-12, 0.5, 1 - 1e-12, ALMOST_ONE])
@@ -133,36 +166,36 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
     [[0, 0, 3, 0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0, 1e-7, 0], [1e-30, 1, 0], [0, 1, 1e-30, 0]],
 )
 def test_draw_never_takes_a_token_of_probability_zero(weights: list[float], uniform: float) -> None:
-    log_probs = torch.tensor([weights], dtype=torch.float32).log().log_softmax(-1)
-    tokens, drawn = draw(log_probs, torch.tensor([uniform], dtype=torch.float64))
-    assert weights[int(tokens)] > 0
-    assert drawn.isfinite().all()
+    for padding in (0, 61, 130):  # at the end of a block, and in a block before the last
+        padded = torch.tensor([weights + [0] * padding], dtype=torch.float32)
+        tokens = draw(padded, torch.tensor([uniform], dtype=torch.float64))
+        assert padded[0, int(tokens)] > 0
 
 
 @given(seed=st.integers(0, 2**31), vocab=st.integers(2, 300), top_p=st.floats(0.05, 1.0))
 def test_draw_stays_within_the_kept_tokens(seed: int, vocab: int, top_p: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(6, vocab, generator=generator) * 8
-    log_probs = filtered_log_probs(logits.log_softmax(-1), SamplingParams(top_p=top_p))
+    weights = filtered(logits.softmax(-1), SamplingParams(top_p=top_p))
     uniforms = torch.tensor([0.0, ALMOST_ONE, *torch.rand(4, generator=generator).tolist()], dtype=torch.float64)
-    assert draw(log_probs, uniforms)[1].isfinite().all()
+    assert weights.gather(-1, draw(weights, uniforms).unsqueeze(-1)).min() > 0
 
 
 def test_draw_frequencies() -> None:
     probabilities = torch.tensor([0.4, 0.0, 0.3, 0.2, 0.1], dtype=torch.float64)
     count = 40_000
     uniforms = response_uniforms([7], count)[0]
-    tokens, _ = draw(probabilities.log().float().expand(count, -1), uniforms)
+    tokens = draw(probabilities.float().expand(count, -1), uniforms)
     frequencies = torch.bincount(tokens, minlength=5) / count
     deviations = (probabilities * (1 - probabilities) / count).sqrt()
     assert ((frequencies - probabilities).abs() <= 4 * deviations).all()
 
 
 def test_a_row_is_drawn_alike_in_any_batch() -> None:
-    log_probs = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    weights = torch.randn(5, 111, generator=torch.Generator().manual_seed(0)).exp()
     uniforms = response_uniforms([1, 2, 3, 4, 5], 1)[:, 0]
-    tokens, _ = draw(log_probs, uniforms)
-    alone = [draw(log_probs[row : row + 1], uniforms[row : row + 1])[0].item() for row in range(5)]
+    tokens = draw(weights, uniforms)
+    alone = [draw(weights[row : row + 1], uniforms[row : row + 1]).item() for row in range(5)]
     assert tokens.tolist() == alone
 
 
