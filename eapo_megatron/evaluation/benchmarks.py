@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,24 +50,24 @@ class Problems:
     left_out: list[str]
 
 
-def named(names: str) -> list[Benchmark]:
-    """The benchmarks of a list with commas.
+def named(names: Sequence[str], *, key: str) -> list[Benchmark]:
+    """The benchmarks of these names, which `key` gives.
 
     Raises:
         RecipeError: naming the first that is not known or is there twice, and all that are known.
     """
     found: list[Benchmark] = []
-    for name in names.split(","):
+    for name in names:
         if name not in BENCHMARKS:
-            raise RecipeError(f"--benchmarks: {name!r} is none of {', '.join(BENCHMARKS)}")
+            raise RecipeError(f"{key}: {name!r} is none of {', '.join(BENCHMARKS)}")
         if BENCHMARKS[name] in found:
-            raise RecipeError(f"--benchmarks: {name} is there twice")
+            raise RecipeError(f"{key}: {name} is there twice")
         found.append(BENCHMARKS[name])
     return found
 
 
-def load_benchmark(benchmark: Benchmark, folder: Path) -> Problems:
-    """Reads NAME or test_NAME, .jsonl, .json or .parquet, from a folder.
+def load_benchmark(benchmark: Benchmark, folder: Path, *, key: str) -> Problems:
+    """Reads NAME or test_NAME, .jsonl, .json or .parquet, from the folder that `key` gives.
 
     Records have `problem` and `answer` (text, a number, or a list of which any is accepted); those of multiple choice
     `question`, `options` (a list of texts) and `answer`, the letter of the right one. A record that lacks one of these,
@@ -79,7 +79,7 @@ def load_benchmark(benchmark: Benchmark, folder: Path) -> Problems:
     """
     examples: dict[int, Example] = {}
     left_out: list[str] = []
-    path = _file(benchmark, folder)
+    path = _file(benchmark, folder, key)
     for index, (where, record) in enumerate(read_records(path)):
         try:
             examples[index] = _choice(record, where) if benchmark.choices else _mathematics(record, where)
@@ -90,12 +90,12 @@ def load_benchmark(benchmark: Benchmark, folder: Path) -> Problems:
     return Problems(benchmark, examples, left_out)
 
 
-def _file(benchmark: Benchmark, folder: Path) -> Path:
+def _file(benchmark: Benchmark, folder: Path, key: str) -> Path:
     names = [prefix + benchmark.name + suffix for prefix in ("", "test_") for suffix in SUFFIXES]
     there = [folder / name for name in names if (folder / name).exists()]
     if len(there) != 1:
         what = f"has {' and '.join(path.name for path in there)}" if there else f"has none of {', '.join(names)}"
-        raise RecipeError(f"--data {folder} {what}: {benchmark.name} needs one file")
+        raise RecipeError(f"{key} {folder} {what}: {benchmark.name} needs one file")
     return there[0]
 
 

@@ -285,6 +285,7 @@ def open_run(
                 said.insert(0, f"{lock.left_by.describe()} left {folder} locked and is gone: taken over")
             if ingredients.dropped:
                 said.append(f"left out of the data: {ingredients.describe_dropped()}")
+            said += [f"left out: {line}" for task in ingredients.benchmarks for line in task.left_out]
             for line in said:
                 records.say(line)
         if resume_step is None and recipe.warm_start.steps:

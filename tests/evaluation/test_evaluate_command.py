@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from command_line import train
+from command_line import metrics, train
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ data: {task: arithmetic, template: "{prompt}", max_prompt_tokens: 16, arithmetic
 rollout: {num_generations_per_prompt: 2, max_response_tokens: 8, max_batch_size: 6}
 reward: {function: "digits:first", num_workers: 1}
 train: {steps: 1, num_prompts_per_step: 4, mini_batch_prompts: 4, micro_batch_size: 4}
-evaluation: {temperature: 1.0}
+evaluation: {temperature: 1.0, benchmarks: [amc, aime24], num_generations_per_problem: 4}
 """
 
 # A function that a random policy meets now and then, and that fails on some responses: those have no verdict.
@@ -44,9 +44,6 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("subject")
     (folder / "digits.py").write_text(REWARD.replace("{digits}", "12345"))
     (folder / "run.yaml").write_text(RECIPE + f"logging: {{run_dir: {folder}, tensorboard: false}}\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-        train(folder / "run.yaml")
     data = folder / "data"
     data.mkdir()
     (data / "amc.jsonl").write_text(
@@ -54,6 +51,11 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     aime = [{"problem": "1+2=", "answer": "3"}, {"problem": "no answer"}, {"problem": "3+3=", "answer": "6"}]
     (data / "test_aime24.json").write_text(json.dumps(aime))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        said = train(folder / "run.yaml", f"evaluation.benchmarks_path={data}")
+    assert "left out: " in said
+    assert "test_aime24.json, record 2: no answer" in said
     return folder
 
 
@@ -136,6 +138,15 @@ def test_more_samples_and_benchmarks_join_those_that_are_there(subject: Path, ev
     assert evaluate(subject, tmp_path, "--n", "4").returncode == 0
     assert sorted(map(json.dumps, records(tmp_path))) == sorted(map(json.dumps, records(evaluated)))
     assert results(tmp_path) == results(evaluated)
+
+
+def test_the_loop_logs_what_the_command_finds(subject: Path, evaluated: Path) -> None:
+    start, end = metrics(subject / "run")
+    for name, found in results(evaluated).items():
+        logged = {key.removeprefix(f"eval/{name}/"): end[key] for key in end if key.startswith(f"eval/{name}/")}
+        pass_at_k = {f"pass@{k}": found["pass_at_k"][str(k)] for k in (1, 2, 4)}
+        assert logged == {"avg@4": found["avg_at_k"]["4"], **pass_at_k}
+        assert start.keys() >= {f"eval/{name}/{measure}" for measure in logged}
 
 
 def test_scored_again(subject: Path, evaluated: Path, tmp_path: Path) -> None:
