@@ -190,13 +190,16 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")] = Path("report"),
     demo: Annotated[bool, typer.Option("--demo", help="Report the recorded runs that the package ships.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Refresh it as the runs go on, until Ctrl-C.")] = False,
+    credit: Annotated[bool, typer.Option("--credit", help="Measure tokens' credit on the runs' policies.")] = False,
 ) -> None:
     """Draws the figures of the paper from runs' records, and one HTML page that needs no network.
 
     The page shows every recorded token (logging.record_tokens) with its quadrant, entropy, log-probs and advantage.
     """
-    if demo == bool(runs) or (demo and follow):
+    if demo == bool(runs) or (demo and (follow or credit)):
         raise RecipeError("report takes the folders of runs, or --demo alone")
+    if credit and follow:
+        raise RecipeError("--credit opens the policies of runs once: it does not go with --follow")
     if find_spec("matplotlib") is None:
         raise RecipeError("report draws with matplotlib: pip install 'eapo_megatron[train]'")
     from eapo_megatron.report import report as reports  # torch, matplotlib: seconds
@@ -205,9 +208,16 @@ def report(
         if follow:
             reports.follow(runs or [], out, print)
             return
-        written = reports.write_demo(out) if demo else reports.write_report(runs or [], out)
+        written = reports.write_demo(out) if demo else reports.write_report(runs or [], out, credit=credit)
     for note in written.notes:
         print(note, file=sys.stderr)
+    if written.credit:
+        from rich.console import Console
+
+        from eapo_megatron.report.of_measured_credit import credit_table
+
+        for measurement in written.credit:
+            Console().print(credit_table(measurement))
     print(f"{written.page} and {len(written.figures)} files of figures")
 
 

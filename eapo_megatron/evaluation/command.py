@@ -42,7 +42,7 @@ def prepare_evaluation(
         RecipeError: one sentence naming the option, the key or the file.
     """
     chosen = named(benchmarks.split(","), key="--benchmarks")
-    found = find_subject(subject, overrides, data)
+    found = find_subject(subject, overrides)
     loaded = [load_benchmark(benchmark, data, key="--data") for benchmark in chosen]
     examination = examine(found.recipe, loaded, n, source=str(subject))
     return Evaluation(examination, ResponseFile(found.out if out is None else out))
