@@ -78,9 +78,10 @@ def evaluate(
         Path, typer.Argument(metavar="RUN_OR_CHECKPOINT_OR_HF_FOLDER", help="Of a run: its last whole checkpoint.")
     ],
     benchmarks: Annotated[str, typer.Option(help="Names, with commas; docs/evaluation.md lists them.")],
-    data: Annotated[Path, typer.Option(help="The folder with the benchmarks' files.")],
+    data: Annotated[Path | None, typer.Option(help="The folder with the benchmarks' files; default: the hub.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the run's recipe.")] = None,
     n: Annotated[int | None, typer.Option(help="Responses to each problem; default: the paper's number.")] = None,
+    k: Annotated[str | None, typer.Option(help="Pass@k to print, numbers with commas; default: n.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Default: evaluation/CHECKPOINT in the run, or evaluation/NAME.")
     ] = None,
@@ -93,7 +94,7 @@ def evaluate(
     environment = None if again else rank_environment(os.environ)
     os.environ.update(environment or {})
     with _first_of_node_speaks() if environment else nullcontext():
-        evaluation = prepare_evaluation(subject, overrides, benchmarks, data=data, n=n, out=out)
+        evaluation = prepare_evaluation(subject, overrides, benchmarks, data=data, n=n, ks=k, out=out)
         cluster = evaluation.examination.recipe.cluster
         if environment:
             _check_world(evaluation.examination.recipe, int(os.environ["WORLD_SIZE"]))
@@ -115,8 +116,8 @@ def evaluate(
         if cluster.num_nodes > 1:
             raise RecipeError(f"{subject}: cluster.num_nodes {cluster.num_nodes} needs srun or torchrun")
         check_devices(evaluation.examination.recipe)
-        options = [f"--benchmarks={benchmarks}", f"--data={data}", *([] if n is None else [f"--n={n}"])]
-        options += [] if out is None else [f"--out={out}"]
+        given = {"benchmarks": benchmarks, "data": data, "n": n, "out": out}
+        options = [f"--{name}={value}" for name, value in given.items() if value is not None]
         if code := run_local_ranks(cluster.world_size, ["evaluate", str(subject), *overrides, *options]):
             raise typer.Exit(code)
     report_evaluation(evaluation)

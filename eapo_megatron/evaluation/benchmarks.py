@@ -10,12 +10,13 @@ from typing import Any
 from eapo_megatron.config import RecipeError
 from eapo_megatron.data import DataError, Example, examples_of
 from eapo_megatron.data.record_files import read_records
+from eapo_megatron.evaluation.hub import SUFFIXES, hub_records
 from eapo_megatron.rewards import math_reward
 from eapo_megatron.rewards.mathematics import CORRECT
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PADDING = "N/A"  # an option of MMLU-Pro that is none
 CHOICE_REWARD = "eapo_megatron.rewards.choice:choice_reward"
-SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -66,27 +67,32 @@ def named(names: Sequence[str], *, key: str) -> list[Benchmark]:
     return found
 
 
-def load_benchmark(benchmark: Benchmark, folder: Path, *, key: str) -> Problems:
-    """Reads NAME or test_NAME, .jsonl, .json or .parquet, from the folder that `key` gives.
+def load_benchmark(benchmark: Benchmark, folder: Path | None, *, key: str) -> Problems:
+    """Reads NAME or test_NAME, .jsonl, .json or .parquet, from the folder that `key` gives; None: from the hub.
 
     Records have `problem` and `answer` (text, a number, or a list of which any is accepted); those of multiple choice
-    `question`, `options` (a list of texts) and `answer`, the letter of the right one. A record that lacks one of these,
-    or whose answer the verifier does not accept as the answer to itself, is left out and named.
+    `question`, `options` (a list of texts) and `answer`, the letter of the right one, which `answer_index` repeats as
+    its place where there is one. A record that lacks one of these, or whose answer the verifier does not accept as the
+    answer to itself, is left out and named.
 
     Raises:
-        RecipeError: naming the folder or the file: when there is no file or more than one, it cannot be read, or no
-            record of it can be used.
+        RecipeError: naming the folder, the file or the hub's data set: when there is no file or more than one, it
+            cannot be read, or no record of it can be used.
     """
     examples: dict[int, Example] = {}
     left_out: list[str] = []
-    path = _file(benchmark, folder, key)
-    for index, (where, record) in enumerate(read_records(path)):
+    if folder is None:
+        source, records = f"{benchmark.name} of the Hugging Face hub", hub_records(benchmark.name)
+    else:
+        path = _file(benchmark, folder, key)
+        source, records = str(path), read_records(path)
+    for index, (where, record) in enumerate(records):
         try:
             examples[index] = _choice(record, where) if benchmark.choices else _mathematics(record, where)
         except DataError as error:
             left_out.append(str(error))
     if not examples:
-        raise RecipeError(f"{path}: no usable problem ({left_out[0] if left_out else 'the file is empty'})")
+        raise RecipeError(f"{source}: no usable problem ({left_out[0] if left_out else 'the file is empty'})")
     return Problems(benchmark, examples, left_out)
 
 
@@ -122,9 +128,12 @@ def _choice(record: dict[str, Any], where: str) -> Example:
         raise DataError(f"{where}: options must be a list of 2 to {len(LETTERS)} texts")
     if not all(isinstance(option, str) for option in options):
         raise DataError(f"{where}: options must be texts")
+    options = [option for option in options if option != PADDING]
     letters = LETTERS[: len(options)]
     if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
         raise DataError(f"{where}: answer must be a letter from A to {letters[-1]}, got {answer!r}")
+    if (place := record.get("answer_index")) is not None and place != letters.index(answer):
+        raise DataError(f"{where}: answer {answer} is option {letters.index(answer)}, its answer_index is {place!r}")
     lines = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
     return Example(
         "\n".join([question, "", *lines, "", "Answer with the letter of the right option."]), answer, record=record

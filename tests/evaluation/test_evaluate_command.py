@@ -152,8 +152,11 @@ def test_the_loop_logs_what_the_command_finds(subject: Path, evaluated: Path) ->
 def test_scored_again(subject: Path, evaluated: Path, tmp_path: Path) -> None:
     for name in ("evaluation.json", "responses.jsonl"):
         (tmp_path / name).write_bytes((evaluated / name).read_bytes())
-    done = evaluate(subject, tmp_path, "--n", "4", "--rescore")
+    done = evaluate(subject, tmp_path, "--n", "4", "--rescore", "--k", "2,1")
     assert done.returncode == 0, done.stderr
+    assert "Pass@1 %" in done.stdout
+    assert "Pass@2 %" in done.stdout
+    assert "Pass@4 %" not in done.stdout
     assert records(tmp_path) == records(evaluated)
     assert results(tmp_path) == results(evaluated)
     (subject / "zeros.py").write_text(REWARD.replace("{digits}", "0"))
@@ -176,6 +179,8 @@ def test_two_replicas_give_what_one_does(subject: Path, evaluated: Path, tmp_pat
     ("arguments", "benchmarks", "sentence"),
     [
         (["--n", "0"], "amc", "--n must be from 1 to 65536, got 0"),
+        (["--n", "4", "--k", "1,8"], "amc", "--k 8: amc gets 4 responses a problem (--n)"),
+        (["--k", "2,0"], "amc", "--k must be numbers from 1 on, with commas, got '2,0'"),
         (["--n", "many"], "amc", "'--n': Input should be a valid integer"),
         ([], "amc,aime23", "--benchmarks: 'aime23' is none of aime24"),
         ([], "minerva", "has none of minerva.jsonl"),
