@@ -72,6 +72,18 @@ def test_multiple_choice_has_lettered_options(tmp_path: Path) -> None:
     ]
 
 
+def test_options_of_mmlu_pro(tmp_path: Path) -> None:
+    """Its records repeat the answer as a place, and some pad their options."""
+    record = {"question": "Which?", "options": ["one", "two", "N/A", "N/A"], "answer": "B", "answer_index": 1}
+    write(tmp_path / "mmlu_pro.jsonl", [record, record | {"answer_index": 0}, record | {"answer": "C"}])
+    problems = load_benchmark(BENCHMARKS["mmlu_pro"], tmp_path, key="--data")
+    assert str(problems.examples[0].prompt).startswith("Which?\n\nA. one\nB. two\n\nAnswer with")
+    assert [said.partition(": ")[2] for said in problems.left_out] == [
+        "answer B is option 1, its answer_index is 0",
+        "answer must be a letter from A to B, got 'C'",
+    ]
+
+
 @pytest.mark.parametrize(
     "given",
     [
