@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 
-from eapo_megatron import cli
+from eapo_megatron import cli, ranks
 from eapo_megatron.config import Recipe, Section
 
 # Of one CPU rank; right as it is.
@@ -499,7 +499,7 @@ def test_bad_input_is_one_line(
         raise AssertionError("nothing refused it: ranks would start")
 
     monkeypatch.setattr(cli, "run_local_ranks", started)
-    monkeypatch.setattr(cli, "_run", started)
+    monkeypatch.setattr(ranks, "_train", started)
     monkeypatch.setattr("sys.argv", ["eapo-megatron", *bad.command])
     monkeypatch.chdir(tmp_path)
     for name in {*os.environ, *RANKS}:

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from eapo_megatron.config import Recipe
@@ -26,8 +27,8 @@ from eapo_megatron.weights.export import export_weights
 from eapo_megatron.weights.huggingface import weight_source
 
 
-def evaluate_rank(examination: Examination, file: ResponseFile) -> None:
-    """Writes the missing responses, as one of the ranks."""
+def answer_as_rank(examination: Examination, file: ResponseFile) -> None:
+    """Writes the missing responses, as one of the ranks; the benchmarks are those that rank 0 has read."""
     recipe = examination.recipe
     runtime = start_runtime(
         recipe.parallel,
@@ -38,7 +39,7 @@ def evaluate_rank(examination: Examination, file: ResponseFile) -> None:
     with RunLock(file.folder) if runtime.is_main else nullcontext():
         if runtime.is_main:
             file.open(examination.origin())
-        answer(examination, file, runtime)
+        answer(replace(examination, tasks=runtime.broadcast_object(examination.tasks)), file, runtime)
     stop_runtime()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,11 @@ class Evaluation:
     file: ResponseFile
     ks: list[int]  # of the table's columns; empty: each benchmark's n
 
-    @property
-    def left_out(self) -> list[str]:
-        """One sentence on each record of the benchmarks that cannot be used."""
-        return [line for task in self.examination.tasks for line in task.left_out]
+    def say_left_out(self) -> None:
+        """One line on each record of the benchmarks that cannot be used."""
+        for task in self.examination.tasks:
+            for line in task.left_out:
+                print(f"left out: {line}", file=sys.stderr)
 
 
 def prepare_evaluation(
@@ -44,8 +46,9 @@ def prepare_evaluation(
     n: int | None,
     ks: str | None,
     out: Path | None,
+    reads_benchmarks: bool = True,
 ) -> Evaluation:
-    """Reads and checks all that is named; nothing is written.
+    """Reads and checks all that is named; nothing is written. Ranks but the first leave the benchmarks to that one.
 
     Raises:
         RecipeError: one sentence naming the option, the key or the file.
@@ -57,7 +60,7 @@ def prepare_evaluation(
             if k > (n or benchmark.n):
                 raise RecipeError(f"--k {k}: {benchmark.name} gets {n or benchmark.n} responses a problem (--n)")
     found = find_subject(subject, overrides)
-    loaded = [load_benchmark(benchmark, data, key="--data") for benchmark in chosen]
+    loaded = [load_benchmark(benchmark, data, key="--data") for benchmark in chosen if reads_benchmarks]
     examination = examine(found.recipe, loaded, n, source=str(subject))
     return Evaluation(examination, ResponseFile(found.out if out is None else out), columns)
 

@@ -62,8 +62,10 @@ class Ingredients:
         )
 
 
-def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
+def prepare(recipe: Recipe, world_size: int, *, source: str, reads_benchmarks: bool = True) -> Ingredients:
     """Reads and checks all that the recipe names, for a world of `world_size` ranks.
+
+    Benchmarks, whose gold answers are verified, are read by one rank for all (`open_run`).
 
     Raises:
         RecipeError: one sentence naming the key, the file or the tensor; `source` is the recipe's file.
@@ -80,7 +82,7 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         check_run_folder(recipe)
         tokenizer = tokenizer_of(recipe)
         train, evaluation, dropped = _prompts(recipe, tokenizer, keep_records="record" in asked)
-        benchmarks = _benchmarks(recipe, tokenizer)
+        benchmarks = _benchmarks(recipe, tokenizer) if reads_benchmarks else []
         stop_token_ids = check_tokens(recipe, hf_config, tokenizer)
         weight_source(recipe.model, hf_config, recipe.seed)
     except RecipeError:

@@ -66,7 +66,7 @@ def evaluate(
     target, home = (subject / "run", subject) if beside is None else (subject, beside)
     command = [sys.executable, "-m", "eapo_megatron.cli", "evaluate", str(target), "--benchmarks", benchmarks]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(home), environment.get("PYTHONPATH", "")])
+    environment |= {"PYTHONPATH": os.pathsep.join([str(home), environment.get("PYTHONPATH", "")]), "COLUMNS": "200"}
     options = ["--data", str(home / "data"), "--out", str(out), *arguments]
     return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
 

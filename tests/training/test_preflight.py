@@ -83,6 +83,8 @@ def test_benchmarks_are_read_with_the_runs_own_template(tmp_path: Path) -> None:
     (task,) = prepare(parse_recipe(settings(tmp_path, **sections), source="r.yaml"), 1, source="r.yaml").benchmarks
     assert [(problem, prompt.text, prompt.answer) for problem, prompt in task.prompts.items()] == [(0, "1+2=?", "3")]
     assert (task.n, len(task.left_out)) == (32, 1)
+    recipe = parse_recipe(settings(tmp_path, **sections), source="r.yaml")
+    assert prepare(recipe, 1, source="r.yaml", reads_benchmarks=False).benchmarks == []  # as ranks but the first do
 
 
 @pytest.mark.parametrize(
