@@ -11,6 +11,7 @@ from eapo_megatron.config import RecipeError
 from eapo_megatron.data import DataError, Example, examples_of
 from eapo_megatron.data.record_files import read_records
 from eapo_megatron.evaluation.hub import SUFFIXES, hub_records
+from eapo_megatron.reading import naming_files
 from eapo_megatron.rewards import math_reward
 from eapo_megatron.rewards.mathematics import CORRECT
 
@@ -98,7 +99,8 @@ def load_benchmark(benchmark: Benchmark, folder: Path | None, *, key: str) -> Pr
 
 def _file(benchmark: Benchmark, folder: Path, key: str) -> Path:
     names = [prefix + benchmark.name + suffix for prefix in ("", "test_") for suffix in SUFFIXES]
-    there = [folder / name for name in names if (folder / name).exists()]
+    with naming_files(folder):
+        there = [folder / name for name in names if (folder / name).exists()]
     if len(there) != 1:
         what = f"has {' and '.join(path.name for path in there)}" if there else f"has none of {', '.join(names)}"
         raise RecipeError(f"{key} {folder} {what}: {benchmark.name} needs one file")
