@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 TRAIN = [
     "megatron-core==0.16.1",  # tensor/pipeline-parallel models, optimizers, schedules, checkpoints
     "transformers>=4.57,<6",  # tokenizers, chat templates, Hugging Face configurations
+    "huggingface_hub>=0.34",  # benchmarks of `eapo-megatron evaluate`; transformers brings it
     "safetensors>=0.4.5",  # weights
     "math-verify[antlr4_13_2]>=0.8",  # answer checking
     "pydantic>=2.9",  # typed recipes

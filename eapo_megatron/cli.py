@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import astuple
+from functools import partial
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -17,15 +16,15 @@ from typing import Annotated, Any, Literal
 import typer
 from omegaconf import OmegaConf
 
-from eapo_megatron.config import Recipe, RecipeError
+from eapo_megatron.config import RecipeError
 from eapo_megatron.failures import described, print_error, report_failure
 from eapo_megatron.launcher import check_devices, rank_environment, run_local_ranks
+from eapo_megatron.ranks import check_recipe, evaluate_rank, train_rank
 from eapo_megatron.recipe_files import built_in_recipes, copy_recipe, load_recipe
 from eapo_megatron.rollout.vllm_release import check_addresses
-from eapo_megatron.run_lock import RunLock, check_unlocked
+from eapo_megatron.run_lock import check_unlocked
 from eapo_megatron.saved_recipe import resolved
 from eapo_megatron.slurm import job_folder, job_script, submit_job
-from eapo_megatron.stopping import InterruptedRunError, StopRequest, TrainingStoppedError
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -55,9 +54,7 @@ def train(
     """
     overrides = overrides or []
     if not dry_run and (environment := rank_environment(os.environ)) is not None:
-        os.environ.update(environment)
-        with _first_of_node_speaks():
-            _train_rank(load_recipe(recipe, overrides), source=recipe)
+        train_rank(recipe, overrides, environment)
         return
     settings = load_recipe(recipe, overrides)
     if dry_run:
@@ -67,7 +64,7 @@ def train(
         raise RecipeError(f"{recipe}: cluster.num_nodes {settings.cluster.num_nodes} needs srun or torchrun")
     check_devices(settings)
     check_addresses(settings)
-    _prepare(settings, settings.cluster.world_size, source=recipe)
+    check_recipe(settings, source=recipe)
     check_unlocked(settings.run_folder)
     raise typer.Exit(run_local_ranks(settings.cluster.world_size, ["train", recipe, *overrides]))
 
@@ -78,9 +75,10 @@ def evaluate(
         Path, typer.Argument(metavar="RUN_OR_CHECKPOINT_OR_HF_FOLDER", help="Of a run: its last whole checkpoint.")
     ],
     benchmarks: Annotated[str, typer.Option(help="Names, with commas; docs/evaluation.md lists them.")],
-    data: Annotated[Path, typer.Option(help="The folder with the benchmarks' files.")],
+    data: Annotated[Path | None, typer.Option(help="The folder with the benchmarks' files; default: the hub.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the run's recipe.")] = None,
     n: Annotated[int | None, typer.Option(help="Responses to each problem; default: the paper's number.")] = None,
+    k: Annotated[str | None, typer.Option(help="Pass@k to print, numbers with commas; default: n.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Default: evaluation/CHECKPOINT in the run, or evaluation/NAME.")
     ] = None,
@@ -90,36 +88,24 @@ def evaluate(
     from eapo_megatron.evaluation.command import prepare_evaluation, report_evaluation, rescore_all
 
     overrides = overrides or []
-    environment = None if again else rank_environment(os.environ)
-    os.environ.update(environment or {})
-    with _first_of_node_speaks() if environment else nullcontext():
-        evaluation = prepare_evaluation(subject, overrides, benchmarks, data=data, n=n, out=out)
-        cluster = evaluation.examination.recipe.cluster
-        if environment:
-            _check_world(evaluation.examination.recipe, int(os.environ["WORLD_SIZE"]))
-            check_devices(evaluation.examination.recipe, int(os.environ["LOCAL_RANK"]))
-    if environment:
-        rank = int(os.environ["RANK"])
-        with _reported(evaluation.file.folder / "errors", rank=rank):
-            warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
-            from eapo_megatron.evaluation.answers import evaluate_rank  # megatron: seconds
-
-            evaluate_rank(evaluation.examination, evaluation.file)
+    prepare = partial(prepare_evaluation, subject, overrides, benchmarks, data=data, n=n, ks=k, out=out)
+    if not again and (environment := rank_environment(os.environ)) is not None:
+        evaluate_rank(prepare, environment)
         return
-    for line in evaluation.left_out:
-        print(f"left out: {line}", file=sys.stderr)
+    evaluation = prepare()
     check_unlocked(evaluation.file.folder)
     if again:
+        evaluation.say_left_out()
         rescore_all(evaluation)
-    else:
-        if cluster.num_nodes > 1:
-            raise RecipeError(f"{subject}: cluster.num_nodes {cluster.num_nodes} needs srun or torchrun")
-        check_devices(evaluation.examination.recipe)
-        options = [f"--benchmarks={benchmarks}", f"--data={data}", *([] if n is None else [f"--n={n}"])]
-        options += [] if out is None else [f"--out={out}"]
-        if code := run_local_ranks(cluster.world_size, ["evaluate", str(subject), *overrides, *options]):
-            raise typer.Exit(code)
-    report_evaluation(evaluation)
+        report_evaluation(evaluation)
+        return
+    cluster = evaluation.examination.recipe.cluster
+    if cluster.num_nodes > 1:
+        raise RecipeError(f"{subject}: cluster.num_nodes {cluster.num_nodes} needs srun or torchrun")
+    check_devices(evaluation.examination.recipe)
+    given = {"benchmarks": benchmarks, "data": data, "n": n, "k": k, "out": out}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    raise typer.Exit(run_local_ranks(cluster.world_size, ["evaluate", str(subject), *overrides, *options]))
 
 
 @app.command()
@@ -159,7 +145,7 @@ def submit(
     overrides = [argument for argument in arguments or [] if not argument.startswith("-")]
     settings = load_recipe(recipe, overrides)
     if "CONTAINER" not in os.environ:
-        _prepare(settings, settings.cluster.world_size, source=recipe)
+        check_recipe(settings, source=recipe)
     script = job_script(settings, [recipe, *overrides], options, environment=os.environ)
     if dry_run:
         print(script, end="")
@@ -190,13 +176,16 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")] = Path("report"),
     demo: Annotated[bool, typer.Option("--demo", help="Report the recorded runs that the package ships.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Refresh it as the runs go on, until Ctrl-C.")] = False,
+    credit: Annotated[bool, typer.Option("--credit", help="Measure tokens' credit on the runs' policies.")] = False,
 ) -> None:
     """Draws the figures of the paper from runs' records, and one HTML page that needs no network.
 
     The page shows every recorded token (logging.record_tokens) with its quadrant, entropy, log-probs and advantage.
     """
-    if demo == bool(runs) or (demo and follow):
+    if demo == bool(runs) or (demo and (follow or credit)):
         raise RecipeError("report takes the folders of runs, or --demo alone")
+    if credit and follow:
+        raise RecipeError("--credit opens the policies of runs once: it does not go with --follow")
     if find_spec("matplotlib") is None:
         raise RecipeError("report draws with matplotlib: pip install 'eapo_megatron[train]'")
     from eapo_megatron.report import report as reports  # torch, matplotlib: seconds
@@ -205,9 +194,16 @@ def report(
         if follow:
             reports.follow(runs or [], out, print)
             return
-        written = reports.write_demo(out) if demo else reports.write_report(runs or [], out)
+        written = reports.write_demo(out) if demo else reports.write_report(runs or [], out, credit=credit)
     for note in written.notes:
         print(note, file=sys.stderr)
+    if written.credit:
+        from rich.console import Console
+
+        from eapo_megatron.report.of_measured_credit import credit_table
+
+        for measurement in written.credit:
+            Console().print(credit_table(measurement))
     print(f"{written.page} and {len(written.figures)} files of figures")
 
 
@@ -330,82 +326,6 @@ def _whole_or_nothing(out: Path) -> Iterator[None]:
     except OSError as error:
         print_error(f"{out} was not written: {error}")
         raise typer.Exit(1) from error
-
-
-@contextmanager
-def _first_of_node_speaks() -> Iterator[None]:
-    """All ranks of a node find the same mistake."""
-    try:
-        yield
-    except RecipeError as error:
-        if os.environ["LOCAL_RANK"] == "0":
-            raise
-        raise typer.Exit(2) from error
-
-
-def _prepare(settings: Recipe, world_size: int, *, source: str):  # type: ignore[no-untyped-def]
-    from eapo_megatron.training.preflight import prepare  # transformers: seconds
-
-    return prepare(settings, world_size, source=source)
-
-
-def _check_world(settings: Recipe, world_size: int) -> None:
-    cluster = settings.cluster
-    if world_size != cluster.world_size:
-        raise RecipeError(
-            f"WORLD_SIZE {world_size} is not the recipe's world: cluster.num_nodes {cluster.num_nodes} x "
-            f"gpus_per_node {cluster.gpus_per_node} = {cluster.world_size}"
-        )
-
-
-def _train_rank(settings: Recipe, *, source: str) -> None:
-    stop_request = StopRequest()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _check_world(settings, world_size)
-    check_devices(settings, int(os.environ["LOCAL_RANK"]))
-    check_addresses(settings)
-    ingredients = _prepare(settings, world_size, source=source)
-    # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
-    locked = RunLock(settings.run_folder) if rank == 0 else nullcontext()
-    with locked as lock, _reported(settings.run_folder / "errors", rank=rank):
-        _run(settings, ingredients, stop_request, lock)
-
-
-@contextmanager
-def _reported(folder: Path, *, rank: int) -> Iterator[None]:
-    """What goes wrong on a rank is told once, with its traceback in a file of `folder`."""
-    try:
-        yield
-    except (typer.Exit, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # of this rank alone, perhaps; torch's CheckpointException is no Exception
-        report_failure(error, folder, rank=rank)
-        raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from error
-
-
-def _run(settings: Recipe, ingredients: Any, stop_request: StopRequest, lock: RunLock | None) -> None:
-    from eapo_megatron.policy.runtime import start_runtime, stop_runtime  # megatron: seconds
-    from eapo_megatron.training.loop import train as train_run
-    from eapo_megatron.training.session import open_run
-
-    runtime = start_runtime(
-        settings.parallel,
-        seed=settings.seed,
-        device=settings.cluster.device,
-        timeout_minutes=settings.cluster.timeout_minutes,
-    )
-    try:
-        with open_run(settings, ingredients, runtime, stop_request, lock) as run:
-            summary = train_run(run)
-    except TrainingStoppedError as error:  # on every rank alike
-        if runtime.is_main:
-            print(error if isinstance(error, InterruptedRunError) else f"error: {error}", file=sys.stderr)
-        stop_runtime()
-        raise typer.Exit(error.exit_code) from error
-    if runtime.is_main:
-        print(json.dumps(summary["held_out"]))
-    stop_runtime()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -51,8 +51,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file in the place of an earlier one."""
+    with new_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A hidden file beside `path` to write into; it becomes `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        yield file
     sync_path(temporary)
     temporary.rename(path)
     sync_path(path.parent)

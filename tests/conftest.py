@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,15 @@ def launch_of_2(model_folders: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def launch_of_4(model_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _launch(4, model_folders, tmp_path_factory.mktemp("ranks_4"))
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The runtime of this process alone."""
+    from one_rank import one_rank
+
+    with one_rank(tmp_path_factory.mktemp("store")) as alone:
+        yield alone
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 
-from eapo_megatron import cli
+from eapo_megatron import cli, ranks
 from eapo_megatron.config import Recipe, Section
 
 # Of one CPU rank; right as it is.
@@ -254,6 +254,10 @@ COMBINATIONS = [
     refused("model.path=m", says="model: give either path"),
     refused("model.architecture=null", says="model: give either path"),
     refused("data.train_path=t.jsonl", says="data: give either task"),
+    refused("evaluation.benchmarks=[amc]", says="evaluation: benchmarks needs benchmarks_path"),
+    refused("evaluation={benchmarks: [aime23], benchmarks_path: .}", says="evaluation.benchmarks: 'aime23' is none of"),
+    refused("evaluation={benchmarks: [amc], benchmarks_path: .}", says="evaluation.benchmarks_path . has none of amc"),
+    refused("evaluation={benchmarks: [amc], benchmarks_path: " + "a" * 300 + "}", says="File name too long"),
     refused("data.template=none", says="data: template must be"),
     refused("model.head={backend: logits, grad_filter: 0.1}", says="model.head: grad_filter needs backend"),
     refused("model.head.backend=triton", says="model.head.backend triton needs a GPU"),
@@ -407,6 +411,8 @@ OTHERS = [
     Bad(("train", "r.yaml", "--lr=1"), "--lr"),
     Bad(("plan", "r.yaml", "--dry-run"), "--dry-run"),
     Bad(("plan", "r.yaml", "model={path: /m/Qwen2.5-8B, architecture: null}"), "model.path /m/Qwen2.5-8B"),
+    Bad(("report", "run", "--credit", "--follow"), "--credit opens the policies of runs once"),
+    Bad(("report", "--demo", "--credit"), "report takes the folders of runs, or --demo alone"),
     Bad(("plan", "r.yaml", "cluster.gpu=h100"), "cluster.gpu"),
     Bad(("plan", "r.yaml", "algorithm.shaping.name=magic"), "magic"),
     Bad(("plan", "r.yaml", "parallel.tensor_model_parallel_size=2"), "tensor_model_parallel_size 2"),
@@ -499,7 +505,7 @@ def test_bad_input_is_one_line(
         raise AssertionError("nothing refused it: ranks would start")
 
     monkeypatch.setattr(cli, "run_local_ranks", started)
-    monkeypatch.setattr(cli, "_run", started)
+    monkeypatch.setattr(ranks, "_train", started)
     monkeypatch.setattr("sys.argv", ["eapo-megatron", *bad.command])
     monkeypatch.chdir(tmp_path)
     for name in {*os.environ, *RANKS}:

@@ -38,7 +38,7 @@ FLOORS = (
     {"rollout"},
     {"records"},
     {"evaluation", "training", "report", "planning"},
-    {"cli"},
+    {"cli", "ranks"},
     {"integrations", "benchmarks"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from eapo_megatron.config.section import Section
 
@@ -106,7 +106,7 @@ class WarmStart(Section):
 
 
 class Evaluation(Section):
-    """Solve rate on held-out prompts, every `every` steps (0: only at the start and the end)."""
+    """Held-out prompts and named benchmarks, every `every` steps (0: only at the start and the end)."""
 
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only at the start and the end."""
@@ -114,10 +114,22 @@ class Evaluation(Section):
     """Held-out prompts, the first ones of the file; null: all."""
     num_generations_per_prompt: int = Field(1, ge=1, le=65_536)
     """Responses to each held-out prompt."""
+    benchmarks: list[str] = Field([])
+    """Benchmarks whose Avg@k and Pass@k are logged, by name; see docs/evaluation.md."""
+    benchmarks_path: str | None = None
+    """Folder with the benchmarks' files; null: there are no benchmarks."""
+    num_generations_per_problem: int | None = Field(None, ge=1, le=65_536)
+    """Responses to each problem of a benchmark; null: the paper's number."""
     temperature: float = Field(0.6, ge=1e-4, le=1e4)
     """Divides the logits before sampling."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Samples from the most probable tokens of this total probability; 1: from all."""
+
+    @model_validator(mode="after")
+    def _files(self) -> Evaluation:
+        if self.benchmarks and self.benchmarks_path is None:
+            raise ValueError("benchmarks needs benchmarks_path, the folder with their files")
+        return self
 
 
 class Checkpoint(Section):

@@ -1,7 +1,6 @@
 """Responses to benchmarks from any engine, verified and written problem batch by problem batch.
 
-A response is a function of the seed, its benchmark, its problem and its sample number alone: what a killed evaluation
-has not written is drawn as it would have been, and more samples join those that are there.
+What a killed evaluation has not written is drawn as it would have been, and more samples join those that are there.
 """
 
 from __future__ import annotations
@@ -10,25 +9,26 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import islice
+from dataclasses import replace
 from typing import Any
 
 from eapo_megatron.config import Recipe
+from eapo_megatron.evaluation.evaluate import answers_to
 from eapo_megatron.evaluation.examination import Examination
 from eapo_megatron.evaluation.response_file import Key, ResponseFile
 from eapo_megatron.evaluation.scoring import known_reward
 from eapo_megatron.evaluation.tasks import Task, with_reward_of
 from eapo_megatron.policy.policy_model import open_policy
 from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
-from eapo_megatron.rollout.engine import open_engine, response_seed
-from eapo_megatron.rollout.rollouts import Draw, Rollouts, Sampler
+from eapo_megatron.rollout.engine import open_engine
+from eapo_megatron.rollout.rollouts import Rollouts, Sampler
 from eapo_megatron.run_lock import RunLock
 from eapo_megatron.weights.export import export_weights
 from eapo_megatron.weights.huggingface import weight_source
 
 
-def evaluate_rank(examination: Examination, file: ResponseFile) -> None:
-    """Writes the missing responses, as one of the ranks."""
+def answer_as_rank(examination: Examination, file: ResponseFile) -> None:
+    """Writes the missing responses, as one of the ranks; the benchmarks are those that rank 0 has read."""
     recipe = examination.recipe
     runtime = start_runtime(
         recipe.parallel,
@@ -39,7 +39,7 @@ def evaluate_rank(examination: Examination, file: ResponseFile) -> None:
     with RunLock(file.folder) if runtime.is_main else nullcontext():
         if runtime.is_main:
             file.open(examination.origin())
-        answer(examination, file, runtime)
+        answer(replace(examination, tasks=runtime.broadcast_object(examination.tasks)), file, runtime)
     stop_runtime()
 
 
@@ -69,21 +69,12 @@ def answer(examination: Examination, file: ResponseFile, runtime: Runtime) -> No
 
 
 def _answer_task(task: Task, sampler: Sampler, recipe: Recipe, file: ResponseFile, missing: list[Key]) -> None:
-    name, runtime = task.benchmark.name, sampler.runtime
-    samples: dict[int, list[int]] = {}
-    for _, problem, sample in missing:
-        samples.setdefault(problem, []).append(sample)
-    together = max(1, recipe.rollout.max_batch_size // task.n) * runtime.data_parallel_size
-    sampling = sampler.sampling(temperature=recipe.evaluation.temperature, top_p=recipe.evaluation.top_p)
-    left, written = iter(samples), 0
-    while batch := list(islice(left, together)):
-        seeds = [[response_seed(recipe.seed, f"benchmark {name}", p, i) for i in samples[p]] for p in batch]
-        rollouts = sampler.sample(Draw([task.prompts[problem] for problem in batch], seeds, sampling))
-        keys = [(name, problem, sample) for problem in batch for sample in samples[problem]]
+    written = 0
+    for keys, rollouts in answers_to(task, missing, sampler, recipe):
         written += len(keys)
-        if runtime.is_main:
+        if sampler.runtime.is_main:
             file.append(list(_records(keys, rollouts, sampler)))
-            print(f"{name}: {written} of {len(missing)} responses", file=sys.stderr)
+            print(f"{task.benchmark.name}: {written} of {len(missing)} responses", file=sys.stderr)
 
 
 def _records(keys: list[Key], rollouts: Rollouts, sampler: Sampler) -> Iterator[dict[str, Any]]:

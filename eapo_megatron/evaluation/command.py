@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from eapo_megatron.config import RecipeError
 from eapo_megatron.durable import write_json
 from eapo_megatron.evaluation.benchmarks import load_benchmark, named
 from eapo_megatron.evaluation.examination import Examination, examine
@@ -26,26 +28,41 @@ class Evaluation:
 
     examination: Examination
     file: ResponseFile
+    ks: list[int]  # of the table's columns; empty: each benchmark's n
 
-    @property
-    def left_out(self) -> list[str]:
-        """One sentence on each record of the benchmarks that cannot be used."""
-        return [line for task in self.examination.tasks for line in task.left_out]
+    def say_left_out(self) -> None:
+        """One line on each record of the benchmarks that cannot be used."""
+        for task in self.examination.tasks:
+            for line in task.left_out:
+                print(f"left out: {line}", file=sys.stderr)
 
 
 def prepare_evaluation(
-    subject: Path, overrides: Sequence[str], benchmarks: str, *, data: Path, n: int | None, out: Path | None
+    subject: Path,
+    overrides: Sequence[str],
+    benchmarks: str,
+    *,
+    data: Path | None,
+    n: int | None,
+    ks: str | None,
+    out: Path | None,
+    reads_benchmarks: bool = True,
 ) -> Evaluation:
-    """Reads and checks all that is named; nothing is written.
+    """Reads and checks all that is named; nothing is written. Ranks but the first leave the benchmarks to that one.
 
     Raises:
         RecipeError: one sentence naming the option, the key or the file.
     """
-    chosen = named(benchmarks)
-    found = find_subject(subject, overrides, data)
-    loaded = [load_benchmark(benchmark, data) for benchmark in chosen]
+    chosen = named(benchmarks.split(","), key="--benchmarks")
+    columns = [] if ks is None else _numbers(ks)
+    for benchmark in chosen:
+        for k in columns:
+            if k > (n or benchmark.n):
+                raise RecipeError(f"--k {k}: {benchmark.name} gets {n or benchmark.n} responses a problem (--n)")
+    found = find_subject(subject, overrides)
+    loaded = [load_benchmark(benchmark, data, key="--data") for benchmark in chosen if reads_benchmarks]
     examination = examine(found.recipe, loaded, n, source=str(subject))
-    return Evaluation(examination, ResponseFile(found.out if out is None else out))
+    return Evaluation(examination, ResponseFile(found.out if out is None else out), columns)
 
 
 def rescore_all(evaluation: Evaluation) -> None:
@@ -59,4 +76,11 @@ def report_evaluation(evaluation: Evaluation) -> None:
     """Writes results.json and prints the table."""
     found = results(evaluation.examination, evaluation.file)
     write_json(evaluation.file.folder / RESULTS_FILE, found)
-    print_results(found, Console())
+    print_results(found, Console(), evaluation.ks)
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(number.isascii() and number.isdigit() and int(number) > 0 for number in numbers):
+        raise RecipeError(f"--k must be numbers from 1 on, with commas, got {text!r}")
+    return sorted(map(int, set(numbers)))

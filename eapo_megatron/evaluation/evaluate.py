@@ -1,11 +1,15 @@
-"""The solve rate of a policy on prompts kept for evaluation."""
+"""A policy on prompts kept for evaluation: the solve rate on held-out ones, Avg@k and Pass@k on named benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice, takewhile
 
-from eapo_megatron.config import Evaluation
+from eapo_megatron.config import Evaluation, Recipe
 from eapo_megatron.data import Prompt
+from eapo_megatron.evaluation.pass_at_k import pass_at_k
+from eapo_megatron.evaluation.response_file import Key
+from eapo_megatron.evaluation.tasks import Task, with_reward_of
 from eapo_megatron.rollout.engine import response_seed
 from eapo_megatron.rollout.rollouts import Draw, Rollouts, Sampler
 
@@ -18,3 +22,48 @@ def evaluate(sampler: Sampler, prompts: Sequence[Prompt], settings: Evaluation, 
     ]
     sampling = sampler.sampling(temperature=settings.temperature, top_p=settings.top_p)
     return sampler.sample(Draw(list(prompts), seeds, sampling))
+
+
+def answers_to(
+    task: Task, wanted: Sequence[Key], sampler: Sampler, recipe: Recipe
+) -> Iterator[tuple[list[Key], Rollouts]]:
+    """The wanted responses to a benchmark, verified, batch of problems by batch; every rank goes through all of them.
+
+    A response is a function of the weights, the seed, its benchmark, its problem and its sample number alone.
+    """
+    name, samples = task.benchmark.name, dict[int, list[int]]()
+    for _, problem, sample in wanted:
+        samples.setdefault(problem, []).append(sample)
+    together = max(1, recipe.rollout.max_batch_size // task.n) * sampler.runtime.data_parallel_size
+    sampling = sampler.sampling(temperature=recipe.evaluation.temperature, top_p=recipe.evaluation.top_p)
+    left = iter(samples)
+    while batch := list(islice(left, together)):
+        seeds = [[response_seed(recipe.seed, f"benchmark {name}", p, i) for i in samples[p]] for p in batch]
+        keys = [(name, problem, sample) for problem in batch for sample in samples[problem]]
+        yield keys, sampler.sample(Draw([task.prompts[problem] for problem in batch], seeds, sampling))
+
+
+def benchmark_metrics(task: Task, sampler: Sampler, recipe: Recipe) -> dict[str, float]:
+    """eval/NAME/avg@n and eval/NAME/pass@k for the powers of two up to n, the same on every rank.
+
+    They are what `eapo-megatron evaluate` gives for these weights: a response without a verdict is not correct.
+    """
+    if task.benchmark.choices:
+        with sampler.judged_by(with_reward_of(recipe, task.benchmark)) as of_choices:
+            correct = _correct(task, of_choices, recipe)
+    else:
+        correct = _correct(task, sampler, recipe)
+    means = pass_at_k(list(correct.values()), task.n).mean(0).tolist()
+    powers = takewhile(lambda k: k <= task.n, (2**i for i in range(task.n)))
+    name = f"eval/{task.benchmark.name}"
+    return {f"{name}/avg@{task.n}": means[0], **{f"{name}/pass@{k}": means[k - 1] for k in powers}}
+
+
+def _correct(task: Task, sampler: Sampler, recipe: Recipe) -> dict[int, int]:
+    """How many of a problem's responses are correct, problem by problem."""
+    correct = dict.fromkeys(task.prompts, 0)
+    for keys, rollouts in answers_to(task, list(task.wanted()), sampler, recipe):
+        are_correct = (rollouts.rewards > recipe.reward.positive_threshold).tolist()
+        for (_, problem, _), is_correct in zip(keys, are_correct, strict=True):
+            correct[problem] += is_correct
+    return correct

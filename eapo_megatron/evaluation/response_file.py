@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eapo_megatron.config import RecipeError
-from eapo_megatron.durable import sync_path, write_json
+from eapo_megatron.durable import new_file, write_json
 from eapo_megatron.reading import read_json_lines, read_json_object
 
 FIELDS = {
@@ -88,13 +88,9 @@ class ResponseFile:
 
     def replace(self, records: Iterator[Mapping[str, Any]]) -> None:
         """Puts other records in the place of all, at once: a kill leaves the old ones."""
-        temporary = self.path.with_name(f".{self.path.name}")
-        with temporary.open("wb") as file:
+        with new_file(self.path) as file:
             for record in records:
                 file.write(_line(record))
-        sync_path(temporary)
-        temporary.rename(self.path)
-        sync_path(self.folder)
 
     def _remove_torn_line(self) -> None:
         with self.path.open("rb+") as file:

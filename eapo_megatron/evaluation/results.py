@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,14 +70,14 @@ def _of_task(
     }
 
 
-def print_results(found: dict[str, Any], console: Console) -> None:
-    """One line a benchmark, percentages with their intervals."""
+def print_results(found: dict[str, Any], console: Console, ks: Sequence[int] = ()) -> None:
+    """One line a benchmark, percentages with their intervals; Pass@k for each of `ks`, without any for n."""
     columns = (
         "benchmark",
         "problems",
         "n",
         "Avg@n %",
-        "Pass@n %",
+        *([f"Pass@{k} %" for k in ks] or ["Pass@n %"]),
         "mean tokens",
         "truncated",
         "no verdict",
@@ -90,7 +91,7 @@ def print_results(found: dict[str, Any], console: Console) -> None:
             str(of["problems"]),
             n,
             _percent(of["avg_at_k"][n], of["intervals"]["avg_at_k"][n]),
-            _percent(of["pass_at_k"][n], of["intervals"]["pass_at_k"][n]),
+            *(_percent(of["pass_at_k"][k], of["intervals"]["pass_at_k"][k]) for k in [*map(str, ks)] or [n]),
             f"{of['mean_length']:.1f}",
             str(of["truncated"]),
             str(of["no_verdict"]),

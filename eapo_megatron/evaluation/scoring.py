@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -18,22 +19,33 @@ _SCORED_TOGETHER = 1024
 
 def rescore(examination: Examination, file: ResponseFile) -> None:
     """Verifies the file's responses to these benchmarks again, without the model, and puts the new rewards in place."""
-    for task in examination.tasks:
-        reward = with_reward_of(examination.recipe, task.benchmark).reward
-        with open_verifier(reward, no_verdict=math.nan) as pool:
-            file.replace(_scored_again(task, pool, file.records()))
+    tasks = {task.benchmark.name: task for task in examination.tasks}
+    with ExitStack() as stack:
+        pools = {}
+        for task in tasks.values():
+            reward = with_reward_of(examination.recipe, task.benchmark).reward
+            if reward.function not in pools:
+                pools[reward.function] = stack.enter_context(open_verifier(reward, no_verdict=math.nan))
+        judges = {
+            name: pools[with_reward_of(examination.recipe, task.benchmark).reward.function]
+            for name, task in tasks.items()
+        }
+        file.replace(_scored_again(tasks, judges, file.records()))
 
 
-def _scored_again(task: Task, pool: RewardPool, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """All records in their order, those of the task's benchmark with new rewards."""
+def _scored_again(
+    tasks: Mapping[str, Task], judges: Mapping[str, RewardPool], records: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """All records in their order, those of the tasks' benchmarks with new rewards by the benchmark's judge."""
     left = iter(records)
     while batch := list(islice(left, _SCORED_TOGETHER)):
-        own = [record for record in batch if record["benchmark"] == task.benchmark.name]
-        prompts = [task.prompts[record["problem"]] for record in own]
-        texts, finished, lengths = ([record[field] for record in own] for field in ("text", "finished", "tokens"))
-        rewards = verify(pool, prompts, texts, finished, lengths).rewards if own else []
-        for record, reward in zip(own, rewards, strict=True):
-            record["reward"] = known_reward(reward)
+        for name, task in tasks.items():
+            own = [record for record in batch if record["benchmark"] == name]
+            prompts = [task.prompts[record["problem"]] for record in own]
+            texts, finished, lengths = ([record[field] for record in own] for field in ("text", "finished", "tokens"))
+            rewards = verify(judges[name], prompts, texts, finished, lengths).rewards if own else []
+            for record, reward in zip(own, rewards, strict=True):
+                record["reward"] = known_reward(reward)
         yield from batch
 
 

@@ -23,7 +23,7 @@ class Subject:
     out: Path
 
 
-def find_subject(path: Path, overrides: Sequence[str], data: Path) -> Subject:
+def find_subject(path: Path, overrides: Sequence[str]) -> Subject:
     """A run's saved recipe with its last whole checkpoint, a checkpoint of a run, or a Hugging Face folder.
 
     Overrides are on top of the run's recipe; of a Hugging Face folder, whose model, on top of every key's default.
@@ -32,7 +32,7 @@ def find_subject(path: Path, overrides: Sequence[str], data: Path) -> Subject:
         RecipeError: naming the folder that is none of these, the damaged checkpoint, or the key.
     """
     if (path / CONFIG_FILE).is_file():
-        return _of_folder(path, overrides, data)
+        return _of_folder(path, overrides)
     run = next((folder for folder in (path, *path.absolute().parents[:2]) if (folder / RECIPE_FILE).is_file()), None)
     if run is None:
         raise RecipeError(
@@ -44,10 +44,10 @@ def find_subject(path: Path, overrides: Sequence[str], data: Path) -> Subject:
     return Subject(overridden(settings, overrides, source=str(run / RECIPE_FILE)), _out(run, checkpoint.name))
 
 
-def _of_folder(path: Path, overrides: Sequence[str], data: Path) -> Subject:
+def _of_folder(path: Path, overrides: Sequence[str]) -> Subject:
     name = re.sub(r"[^A-Za-z0-9._-]", "-", path.resolve().name).lstrip("._-") or "model"
     # A recipe has data to train on, which nothing reads here.
-    of_folder: dict[str, Any] = {"name": name, "model": {"path": str(path)}, "data": {"train_path": str(data)}}
+    of_folder: dict[str, Any] = {"name": name, "model": {"path": str(path)}, "data": {"train_path": str(path)}}
     return Subject(overridden(of_folder, overrides, source=str(path)), _out(Path(), name))
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -134,6 +137,23 @@ def start_runtime(parallel: Parallel, *, seed: int, device: str = "auto", timeou
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         cpu_group=cpu_group,
     )
+
+
+@contextmanager
+def runtime_of_one(*, seed: int, device: str = "auto") -> Iterator[Runtime]:
+    """The runtime of a process that no launcher started: the only rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = dict(os.environ)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        runtime = start_runtime(Parallel(), seed=seed, device=device)
+    finally:
+        os.environ.clear()
+        os.environ |= before
+    yield runtime
+    stop_runtime()
 
 
 def stop_runtime() -> None:

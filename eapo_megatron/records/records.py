@@ -30,10 +30,9 @@ class Records:
     def __init__(self, recipe: Recipe, *, first_step: int) -> None:
         self.folder = recipe.run_folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lost = [
-            *_drop_lines_from(self.folder / METRICS_FILE, first_step, every_step=True),
-            *_drop_lines_from(self.folder / SAMPLES_FILE, first_step),
-        ]
+        earlier, lost = _drop_lines_from(self.folder / METRICS_FILE, first_step, every_step=True)
+        _, lost_samples = _drop_lines_from(self.folder / SAMPLES_FILE, first_step)
+        self._lost = [*lost, *lost_samples]
         self._metrics = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
         # A lone surrogate that a tokenizer made becomes its escape, which JSON reads as what it was.
         self._samples = (self.folder / SAMPLES_FILE).open("a", encoding="utf-8", errors="backslashreplace")
@@ -50,8 +49,6 @@ class Records:
         )
         self._bars: dict[str, Any] = {}
         self._line_at = 0.0  # when a log file last had a line of progress
-        with (self.folder / METRICS_FILE).open(encoding="utf-8") as file:
-            earlier = [json.loads(line) for line in file]
         self._trackers = Trackers(recipe, first_step, earlier, self.say)
         max_bytes = recipe.logging.record_tokens_max_mib * 2**20
         self.tokens = TokenRecords(self.folder, first_step=first_step, max_bytes=max_bytes, say=self.say)
@@ -111,35 +108,37 @@ class Records:
         write_json(self.folder / SUMMARY_FILE, summary)
 
 
-def _drop_lines_from(path: Path, first_step: int, *, every_step: bool = False) -> list[str]:
-    """Keeps the lines of earlier steps -> what there is to say of lines that are damaged or missing.
+def _drop_lines_from(
+    path: Path, first_step: int, *, every_step: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Keeps the lines of earlier steps -> their records, and what there is to say of lines that are damaged or missing.
 
     A kill may cut the last line, which is of a later step. With `every_step` each step from 1 on has a line.
     """
     if not path.is_file():
-        return [f"{path} is gone, and the lines of the steps before {first_step}"] if first_step > 1 else []
-    kept, steps, damaged = [], set(), 0
+        return [], [f"{path} is gone, and the lines of the steps before {first_step}"] if first_step > 1 else []
+    kept, records, damaged = [], [], 0
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines):
-        step = _step_of(line)
-        if step is None:
+        record = _record_of(line)
+        if record is None:
             damaged += number + 1 < len(lines)
-        elif step < first_step:
+        elif record["step"] < first_step:
             kept.append(line + b"\n")
-            steps.add(step)
+            records.append(record)
     write_bytes(path, b"".join(kept))
     said = [f"{path}: {damaged} damaged lines are left out"] if damaged else []
+    steps = {record["step"] for record in records}
     if missing := sorted(set(range(1, first_step)) - steps) if every_step else []:
         first_ones = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
         said.append(f"{path}: no line of {len(missing)} steps ({first_ones})")
-    return said
+    return records, said
 
 
-def _step_of(line: bytes) -> int | None:
-    """The step that a line is of; None where it is damaged."""
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, which has a step; None where it is damaged."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -10,15 +11,16 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from eapo_megatron.config import RecipeError
-from eapo_megatron.durable import write_text
+from eapo_megatron.durable import write_json, write_text
 from eapo_megatron.records.records import METRICS_FILE
 from eapo_megatron.records.tokens import recorded_steps
 from eapo_megatron.report import of_credit, of_steps, of_tokens
 from eapo_megatron.report.figures import Experiment, Figure, experiments_of, save_figures
+from eapo_megatron.report.of_measured_credit import Measurement, measured_credit
 from eapo_megatron.report.page import make_page
 from eapo_megatron.report.recordings import RecordedRun, read_run
 
-PAGE_FILE = "report.html"
+PAGE_FILE, CREDIT_FILE = "report.html", "credit.json"
 FIGURES: tuple[Callable[[Sequence[Experiment]], Figure | str], ...] = (
     of_steps.training_curves,
     of_steps.efficiency,
@@ -43,18 +45,27 @@ class Report:
     page: Path
     figures: list[Path]
     notes: list[str]
+    credit: list[Measurement]  # of each run whose credit was measured
 
 
-def write_report(folders: Sequence[Path], out: Path, *, reload_seconds: int = 0) -> Report:
+def write_report(folders: Sequence[Path], out: Path, *, credit: bool = False, reload_seconds: int = 0) -> Report:
     """The page and the figures of these runs, in `out`; with `reload_seconds` the page shows its newer self so often.
 
+    credit: whether the credit of tokens is measured on the runs' policies, which are opened for it one by one; it goes
+    to credit.json too.
+
     Raises:
-        RecipeError: no run can be read, or nothing can be drawn of those that can.
+        RecipeError: no run can be read, or none allows the measurement.
     """
     runs, notes = _read(folders)
+    measured: list[Measurement] = []
+    if credit:
+        measured, problems = _measure([run.folder for run in runs])
+        notes += problems
     experiments = experiments_of(runs)
     drawn = [figure(experiments) for figure in FIGURES]
     figures = [figure for figure in drawn if isinstance(figure, Figure)]
+    figures += [measured_credit(measured)] if measured else []
     left_out = [reason for reason in drawn if isinstance(reason, str)]
     paths = save_figures(figures, out / "figures")
     title = runs[0].name if len(runs) == 1 else f"Report of {len(runs)} runs"
@@ -67,8 +78,10 @@ def write_report(folders: Sequence[Path], out: Path, *, reload_seconds: int = 0)
         reload_seconds=reload_seconds,
     )
     write_text(out / PAGE_FILE, page)
+    if measured:
+        write_json(out / CREDIT_FILE, measured)
     notes += [note for run in runs for note in run.notes]
-    return Report(out / PAGE_FILE, paths, [*notes, *(f"not drawn: {reason}" for reason in left_out)])
+    return Report(out / PAGE_FILE, paths, [*notes, *(f"not drawn: {reason}" for reason in left_out)], measured)
 
 
 def write_demo(out: Path) -> Report:
@@ -104,6 +117,22 @@ def _read(folders: Sequence[Path]) -> tuple[list[RecordedRun], list[str]]:
     if not runs:
         raise RecipeError("; ".join(problems))
     return runs, problems
+
+
+def _measure(folders: Sequence[Path]) -> tuple[list[Measurement], list[str]]:
+    """The credit measured on the runs that allow it; the others are named, unless there are none."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # of optional GPU packages that it does without
+    from eapo_megatron.evaluation.measured_credit import measurable, measure  # megatron: seconds
+
+    ready, problems = [], []
+    for folder in folders:
+        try:
+            ready.append(measurable(folder))
+        except RecipeError as error:
+            problems.append(str(error))
+    if not ready:
+        raise RecipeError("; ".join(problems))
+    return [measure(run) for run in ready], problems
 
 
 def _state(folders: Sequence[Path]) -> object:

@@ -150,6 +150,10 @@ class Sampler:
         if self._pool is not None:
             self._pool.__exit__(kind, error, traceback)
 
+    def judged_by(self, recipe: Recipe) -> Sampler:
+        """Another sampler from the same engine, to be entered, with the reward of this recipe."""
+        return Sampler(self.engine, recipe, self.tokenizer, self.runtime, stop_token_ids=self._stop_token_ids)
+
     def sampling(self, *, temperature: float, top_p: float, top_k: int = 0, **asked: bool) -> SamplingParams:
         """The run's lengths and stop tokens at these settings; asked: optional fields of `Responses`, by name."""
         return SamplingParams(

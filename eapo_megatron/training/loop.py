@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from eapo_megatron.evaluation.evaluate import evaluate
+from eapo_megatron.evaluation.evaluate import benchmark_metrics, evaluate
 from eapo_megatron.policy.batching import TokenData, make_batch
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
 from eapo_megatron.rewards.overlong import overlong_rewards
@@ -46,8 +46,8 @@ def train(run: Run) -> dict[str, Any]:
         InterruptedRunError: after a step and its checkpoint, when a rank was asked to stop.
     """
     steps = run.recipe.train.steps
-    if run.progress.step == 0 and run.ingredients.evaluation:
-        log(run, evaluation_metrics(run))
+    if run.progress.step == 0 and (metrics := evaluation_metrics(run)):
+        log(run, metrics)
     agree_to_stop(run)
     while run.progress.step < steps and not run.stopping:
         run.progress.step += 1
@@ -126,15 +126,19 @@ def train_step(run: Run) -> dict[str, float]:
 
 
 def evaluation_metrics(run: Run) -> dict[str, float]:
-    """The solve rate on the evaluation's prompts, remembered by step."""
-    recipe, prompts = run.recipe, run.ingredients.evaluation
-    if not prompts:
-        return {}
+    """The solve rate on the held-out prompts, remembered by step, and Avg@k and Pass@k on the benchmarks."""
+    recipe, prompts, benchmarks = run.recipe, run.ingredients.evaluation, run.ingredients.benchmarks
+    metrics: dict[str, float] = {}
+    if not prompts and not benchmarks:
+        return metrics
     with run.timer("evaluation"):
-        rollouts = evaluate(run.sampler, prompts, recipe.evaluation, recipe.seed)
-    rate = rollouts.solve_rate(run.ingredients.algorithm.positive_threshold)
-    run.progress.evaluations[str(run.progress.step)] = rate
-    return {"held_out/solve_rate": rate}
+        if prompts:
+            rollouts = evaluate(run.sampler, prompts, recipe.evaluation, recipe.seed)
+            rate = rollouts.solve_rate(run.ingredients.algorithm.positive_threshold)
+            run.progress.evaluations[str(run.progress.step)] = metrics["held_out/solve_rate"] = rate
+        for task in benchmarks:
+            metrics |= benchmark_metrics(task, run.sampler, recipe)
+    return metrics
 
 
 def log(run: Run, metrics: dict[str, float]) -> None:

@@ -26,6 +26,8 @@ from eapo_megatron.data import (
     load_examples,
     load_tokenizer,
 )
+from eapo_megatron.evaluation.benchmarks import load_benchmark, named
+from eapo_megatron.evaluation.tasks import Task, task_of
 from eapo_megatron.policy.layout_checks import check_layout, check_lengths, check_routing
 from eapo_megatron.reading import naming_files
 from eapo_megatron.records.trackers import check_trackers
@@ -47,7 +49,8 @@ class Ingredients:
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]  # that end a response, ascending
     train: PromptSet
-    evaluation: list[Prompt]
+    evaluation: list[Prompt]  # held out
+    benchmarks: list[Task]
     dropped: dict[str, dict[str, int]]  # records left out of "train" and "evaluation", by reason
     algorithm: Algorithm
 
@@ -59,8 +62,10 @@ class Ingredients:
         )
 
 
-def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
+def prepare(recipe: Recipe, world_size: int, *, source: str, reads_benchmarks: bool = True) -> Ingredients:
     """Reads and checks all that the recipe names, for a world of `world_size` ranks.
+
+    Benchmarks, whose gold answers are verified, are read by one rank for all (`open_run`).
 
     Raises:
         RecipeError: one sentence naming the key, the file or the tensor; `source` is the recipe's file.
@@ -77,13 +82,15 @@ def prepare(recipe: Recipe, world_size: int, *, source: str) -> Ingredients:
         check_run_folder(recipe)
         tokenizer = tokenizer_of(recipe)
         train, evaluation, dropped = _prompts(recipe, tokenizer, keep_records="record" in asked)
+        benchmarks = _benchmarks(recipe, tokenizer) if reads_benchmarks else []
         stop_token_ids = check_tokens(recipe, hf_config, tokenizer)
         weight_source(recipe.model, hf_config, recipe.seed)
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
-    return Ingredients(hf_config, tokenizer, stop_token_ids, train, evaluation, dropped, recipe.make_algorithm())
+    algorithm = recipe.make_algorithm()
+    return Ingredients(hf_config, tokenizer, stop_token_ids, train, evaluation, benchmarks, dropped, algorithm)
 
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -143,6 +150,20 @@ def _prompts(
         if any((reasons := {**part.dropped, "too long": prompts[split].too_long}).values())
     }
     return train, evaluation[: recipe.evaluation.num_prompts], dropped
+
+
+def _benchmarks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
+    settings = recipe.evaluation
+    chosen = named(settings.benchmarks, key="evaluation.benchmarks")
+    return [
+        task_of(
+            recipe,
+            load_benchmark(benchmark, Path(str(settings.benchmarks_path)), key="evaluation.benchmarks_path"),
+            tokenizer,
+            settings.num_generations_per_problem,
+        )
+        for benchmark in chosen
+    ]
 
 
 def _records_of(function: str, split: str) -> list[Any] | None:

@@ -258,8 +258,12 @@ def open_run(
     stop_request: StopRequest,
     lock: RunLock | None = None,
 ) -> Iterator[Run]:
-    """Opens the policy and what trains it, resumed from the run folder's last checkpoint where there is one."""
+    """Opens the policy and what trains it, resumed from the run folder's last checkpoint where there is one.
+
+    The benchmarks are those that rank 0 has read.
+    """
     folder = recipe.run_folder
+    ingredients = replace(ingredients, benchmarks=runtime.broadcast_object(ingredients.benchmarks))
     checkpoints = Checkpoints(
         folder / "checkpoints", keep_last=recipe.checkpoint.keep_last, keep_best=recipe.checkpoint.keep_best
     )
@@ -285,6 +289,7 @@ def open_run(
                 said.insert(0, f"{lock.left_by.describe()} left {folder} locked and is gone: taken over")
             if ingredients.dropped:
                 said.append(f"left out of the data: {ingredients.describe_dropped()}")
+            said += [f"left out: {line}" for task in ingredients.benchmarks for line in task.left_out]
             for line in said:
                 records.say(line)
         if resume_step is None and recipe.warm_start.steps:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from command_line import train
+from command_line import metrics, train
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ data: {task: arithmetic, template: "{prompt}", max_prompt_tokens: 16, arithmetic
 rollout: {num_generations_per_prompt: 2, max_response_tokens: 8, max_batch_size: 6}
 reward: {function: "digits:first", num_workers: 1}
 train: {steps: 1, num_prompts_per_step: 4, mini_batch_prompts: 4, micro_batch_size: 4}
-evaluation: {temperature: 1.0}
+evaluation: {temperature: 1.0, benchmarks: [amc, aime24], num_generations_per_problem: 4}
 """
 
 # A function that a random policy meets now and then, and that fails on some responses: those have no verdict.
@@ -44,9 +44,6 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("subject")
     (folder / "digits.py").write_text(REWARD.replace("{digits}", "12345"))
     (folder / "run.yaml").write_text(RECIPE + f"logging: {{run_dir: {folder}, tensorboard: false}}\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-        train(folder / "run.yaml")
     data = folder / "data"
     data.mkdir()
     (data / "amc.jsonl").write_text(
@@ -54,6 +51,11 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     aime = [{"problem": "1+2=", "answer": "3"}, {"problem": "no answer"}, {"problem": "3+3=", "answer": "6"}]
     (data / "test_aime24.json").write_text(json.dumps(aime))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        said = train(folder / "run.yaml", f"evaluation.benchmarks_path={data}")
+    assert "left out: " in said
+    assert "test_aime24.json, record 2: no answer" in said
     return folder
 
 
@@ -64,7 +66,7 @@ def evaluate(
     target, home = (subject / "run", subject) if beside is None else (subject, beside)
     command = [sys.executable, "-m", "eapo_megatron.cli", "evaluate", str(target), "--benchmarks", benchmarks]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(home), environment.get("PYTHONPATH", "")])
+    environment |= {"PYTHONPATH": os.pathsep.join([str(home), environment.get("PYTHONPATH", "")]), "COLUMNS": "200"}
     options = ["--data", str(home / "data"), "--out", str(out), *arguments]
     return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
 
@@ -138,11 +140,23 @@ def test_more_samples_and_benchmarks_join_those_that_are_there(subject: Path, ev
     assert results(tmp_path) == results(evaluated)
 
 
+def test_the_loop_logs_what_the_command_finds(subject: Path, evaluated: Path) -> None:
+    start, end = metrics(subject / "run")
+    for name, found in results(evaluated).items():
+        logged = {key.removeprefix(f"eval/{name}/"): end[key] for key in end if key.startswith(f"eval/{name}/")}
+        pass_at_k = {f"pass@{k}": found["pass_at_k"][str(k)] for k in (1, 2, 4)}
+        assert logged == {"avg@4": found["avg_at_k"]["4"], **pass_at_k}
+        assert start.keys() >= {f"eval/{name}/{measure}" for measure in logged}
+
+
 def test_scored_again(subject: Path, evaluated: Path, tmp_path: Path) -> None:
     for name in ("evaluation.json", "responses.jsonl"):
         (tmp_path / name).write_bytes((evaluated / name).read_bytes())
-    done = evaluate(subject, tmp_path, "--n", "4", "--rescore")
+    done = evaluate(subject, tmp_path, "--n", "4", "--rescore", "--k", "2,1")
     assert done.returncode == 0, done.stderr
+    assert "Pass@1 %" in done.stdout
+    assert "Pass@2 %" in done.stdout
+    assert "Pass@4 %" not in done.stdout
     assert records(tmp_path) == records(evaluated)
     assert results(tmp_path) == results(evaluated)
     (subject / "zeros.py").write_text(REWARD.replace("{digits}", "0"))
@@ -165,6 +179,8 @@ def test_two_replicas_give_what_one_does(subject: Path, evaluated: Path, tmp_pat
     ("arguments", "benchmarks", "sentence"),
     [
         (["--n", "0"], "amc", "--n must be from 1 to 65536, got 0"),
+        (["--n", "4", "--k", "1,8"], "amc", "--k 8: amc gets 4 responses a problem (--n)"),
+        (["--k", "2,0"], "amc", "--k must be numbers from 1 on, with commas, got '2,0'"),
         (["--n", "many"], "amc", "'--n': Input should be a valid integer"),
         ([], "amc,aime23", "--benchmarks: 'aime23' is none of aime24"),
         ([], "minerva", "has none of minerva.jsonl"),

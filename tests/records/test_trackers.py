@@ -230,6 +230,14 @@ def test_losing_the_process_of_wandb_ends_no_training(tmp_path: Path) -> None:
     assert in_wandb(tmp_path) == both([(0, 100), (1, 101), (2, 102), (3, 103), (4, 204)])
 
 
+def test_mlflow_takes_the_names_of_benchmarks(tmp_path: Path) -> None:
+    for first_step in (0, 1):
+        with records_of(tmp_path, first_step=first_step) as records:
+            records.log(first_step, {"eval/amc/pass@2": 0.5})
+            records.settle()
+    assert in_mlflow(tmp_path) == {"eval/amc/pass_at_2": [(0, 0.5), (1, 0.5)]}
+
+
 def test_values_that_json_lacks(tmp_path: Path) -> None:
     """A tracker that a later start gives them from metrics.jsonl has NaN there."""
     with records_of(tmp_path, first_step=0, mlflow_experiment=None) as records:

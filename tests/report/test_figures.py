@@ -67,6 +67,19 @@ def test_curves_are_the_mean_of_seeds_with_their_range_as_band(runs: list[Record
     assert (heights.min(), heights.max()) == pytest.approx((1 / 12 + 0.01, 6 / 12 + 0.02))
 
 
+def test_benchmarks_over_steps_have_their_average_and_the_largest_k(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=2, tokens=False)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, value in zip(lines, (0.25, 0.5), strict=True):
+        line |= {f"eval/amc/{name}": value + k / 10 for k, name in enumerate(("avg@4", "pass@1", "pass@2", "pass@4"))}
+        line |= {"eval/aime24/avg@1": value, "eval/aime24/pass@1": value}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panels = {panel.title: panel for panel in figure(of_steps.training_curves, [read_run(run)]).panels}
+    assert [title for title in panels if "@" in title] == ["amc, Avg@4", "amc, Pass@4", "aime24, Avg@1"]
+    np.testing.assert_allclose(axes_of(panels["amc, Avg@4"]).lines[0].get_ydata(), [0.25, 0.5])
+    np.testing.assert_allclose(axes_of(panels["amc, Pass@4"]).lines[0].get_ydata(), [0.55, 0.8])
+
+
 def test_accuracy_is_drawn_over_the_tokens_that_it_took(runs: list[RecordedRun]) -> None:
     (_, panel) = figure(of_steps.efficiency, runs[3:]).panels
     totals = np.cumsum([line["response_length/total"] for line in runs[3].metrics]) / 1e6

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from eapo_megatron.config import Recipe, RecipeError
 from eapo_megatron.data import Prompt
@@ -19,24 +18,6 @@ from eapo_megatron.rollout.producer import Asynchronous
 from eapo_megatron.rollout.rollouts import Draw, Rollouts, Sampler, collect
 
 SIZE = 2  # prompts of a round
-
-
-class OneRank(Runtime):
-    """All there is: a leader."""
-
-    is_replica_leader = True  # type: ignore[assignment]
-
-    def from_replica_leader(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-
-@pytest.fixture
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield OneRank(torch.device("cpu"), 0, 1, 0, 1, dist.group.WORLD)
-    dist.destroy_process_group()
 
 
 class SlowEngine:

@@ -7,13 +7,12 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -104,15 +103,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         train(folder / "recipe.yaml", "name=run", f"logging.run_dir={folder / 'runs'}")
     return folder / "runs" / "run"
-
-
-@pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield Runtime(torch.device("cpu"), 0, 1, 0, 1, dist.group.WORLD)
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -63,6 +63,31 @@ def test_a_right_recipe_is_prepared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("evaluation", "sentence"),
+    [
+        ({"benchmarks": ["amc", "aime23"]}, "evaluation.benchmarks: 'aime23' is none of aime24, aime25, amc"),
+        ({"benchmarks": ["amc", "amc"]}, "evaluation.benchmarks: amc is there twice"),
+        ({"benchmarks": ["aime24"]}, "has none of aime24.jsonl, "),
+        ({"benchmarks": ["amc"]}, "no usable problem ("),
+    ],
+)
+def test_benchmarks_are_known_and_there(tmp_path: Path, evaluation: dict, sentence: str) -> None:
+    (tmp_path / "amc.jsonl").write_text('{"problem": "no answer"}\n')
+    assert sentence in refusal(tmp_path, evaluation={**evaluation, "benchmarks_path": str(tmp_path)})
+
+
+def test_benchmarks_are_read_with_the_runs_own_template(tmp_path: Path) -> None:
+    (tmp_path / "amc.jsonl").write_text('{"problem": "1+2=", "answer": 3}\n{"problem": "no answer"}\n')
+    evaluation = {"benchmarks": ["amc"], "benchmarks_path": str(tmp_path)}
+    sections = {"evaluation": evaluation, "data": {"suffix": "?"}}
+    (task,) = prepare(parse_recipe(settings(tmp_path, **sections), source="r.yaml"), 1, source="r.yaml").benchmarks
+    assert [(problem, prompt.text, prompt.answer) for problem, prompt in task.prompts.items()] == [(0, "1+2=?", "3")]
+    assert (task.n, len(task.left_out)) == (32, 1)
+    recipe = parse_recipe(settings(tmp_path, **sections), source="r.yaml")
+    assert prepare(recipe, 1, source="r.yaml", reads_benchmarks=False).benchmarks == []  # as ranks but the first do
+
+
+@pytest.mark.parametrize(
     ("world_size", "parallel", "sentence"),
     [
         (2, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, "= 4 does not divide the world of 2"),
