@@ -114,7 +114,8 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        new = {name: value for name, value in metrics.items() if step > self._last_steps.get(name, -1)}
+        allowed = {name.replace("@", "_at_"): value for name, value in metrics.items()}  # no @ in MLflow's names
+        new = {name: value for name, value in allowed.items() if step > self._last_steps.get(name, -1)}
         self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in new.items()])
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from eapo_megatron.evaluation.evaluate import evaluate
+from eapo_megatron.evaluation.evaluate import evaluate, evaluation_rates
 from eapo_megatron.policy.batching import TokenData, make_batch
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
 from eapo_megatron.rewards.overlong import overlong_rewards
@@ -125,15 +125,15 @@ def train_step(run: Run) -> dict[str, float]:
 
 
 def evaluation_metrics(run: Run) -> dict[str, float]:
-    """The solve rate on the evaluation's prompts, remembered by step."""
+    """The solve rate on the evaluation's prompts, remembered by step, and Pass@k."""
     recipe, prompts = run.recipe, run.ingredients.evaluation
     if not prompts:
         return {}
     with run.timer("evaluation"):
         rollouts = evaluate(run.sampler, prompts, recipe.evaluation, recipe.seed)
-    rate = rollouts.solve_rate(run.ingredients.algorithm.positive_threshold)
-    run.progress.evaluations[str(run.progress.step)] = rate
-    return {"held_out/solve_rate": rate}
+    rates = evaluation_rates(rollouts, run.ingredients.algorithm.positive_threshold)
+    run.progress.evaluations[str(run.progress.step)] = rates["held_out/solve_rate"]
+    return rates
 
 
 def log(run: Run, metrics: dict[str, float]) -> None:
