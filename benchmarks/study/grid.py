@@ -16,17 +16,17 @@ Settings = tuple[str, ...]  # key.path=value, over the recipe
 
 # The loss of all four quadrants, equal to EAPO's and the quadrants' own in all else: eps 0.2 / 0.28 and no KL.
 FULL: Settings = ("method=grpo", "algorithm.loss.eps_high=0.28", "algorithm.loss.kl_coef=0")
-ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 1.0)  # 0.2 is `eapo` itself
+ALPHAS = (0.1, 0.2, 0.5, 1.0)  # 0.2 is `eapo` itself
 QUADRANT_NAMES = ("phr", "plr", "nhr", "nlr")
 # Other places where high entropy may begin (EAPO.md's objection: the mean may be chosen after the fact).
-THRESHOLDS = ("q50", "kmeans")
+THRESHOLDS = ("q50",)
 
 # The warm-started policy alone: evaluated with more responses, and its first rollout batch with every token recorded.
 WARM: Settings = (
     *FULL,
     "train.steps=1",
     "evaluation.num_generations_per_prompt=32",
-    "logging.record_tokens=32",
+    "logging.record_tokens=64",
 )
 
 PARTS: dict[str, dict[str, Settings]] = {
