@@ -37,10 +37,11 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="run nothing, read no run: the page from the results")
     options = parser.parse_args()
     plan = study_runs(quick=options.quick)
-    parts = list(PARTS) if options.quick else options.parts
+    reads_only = options.tables or options.page
+    parts = list(PARTS) if options.quick and not reads_only else options.parts
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"PART must be one of {', '.join(PARTS)}, got {unknown[0]!r}")
-    if bool(parts) == (options.tables or options.page):
+    if bool(parts) == reads_only:
         parser.error("name the parts to run, or --quick, --tables or --page")
     folder = options.runs or ROOT / ("runs/study-quick" if options.quick else "runs/study")
     results, page, images = RESULTS, PAGE, IMAGES

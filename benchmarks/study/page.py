@@ -59,6 +59,7 @@ def all_tables(study: Mapping[str, Any], plan: Plan, images: Path | None) -> dic
             found[f"{part}/conditions"] = _conditions(records, conditions, seeds)
             found[f"{part}/tests"] = _tests(records, part, seeds)
         found[f"{part}/figures"] = _figures(part, images)
+    found["thresholds"] = _thresholds(records, plan["warm"])
     found |= {"information": _information(records, plan), "variance": _variance(records, plan)}
     return found | {"task/figures": _figures("task", images)}
 
@@ -132,6 +133,19 @@ def _tests(records: Sequence[Record], part: str, seeds: Sequence[int]) -> str:
         direction = "stated" if prediction.stated else "not stated"
         rows.append((prediction.claim, heading, number, direction, "" if found is None else f"**{found.verdict}**"))
     head = ("claim", "statistic", "difference, 95 % interval", "direction in the paper", "here")
+    return _table(head, rows)
+
+
+def _thresholds(records: Sequence[Record], warm: Sequence[StudyRun]) -> str:
+    """What each threshold calls high, in the first rollout batches of the warm-started policies."""
+    if _missing(records, warm):
+        return "**Not run.**"
+    runs = [by_condition(records)["warm"][run.seed]["thresholds"] for run in warm]
+    rows = [
+        (f"`{name}`", *(_with_interval(interval([100 * run[name][place] for run in runs]), 1) for place in range(3)))
+        for name in runs[0]
+    ]
+    head = ("threshold", "high-entropy tokens, %", "choices that are high, %", "high tokens that are choices, %")
     return _table(head, rows)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.study.grid import StudyRun
-from eapo_megatron.algorithms import QUADRANTS
+from eapo_megatron.algorithms import QUADRANTS, THRESHOLDS, quadrant_masks
 from eapo_megatron.algorithms.credit import advantage_variance, proxy_credit
 from eapo_megatron.report.recordings import RecordedRun, Tokens, read_run
 
@@ -28,6 +28,7 @@ FORKS = {
     "first digit of the answer": (8,),
 }
 ELSEWHERE = "all other positions"
+CHOICES = tuple(FORKS)[:4]  # of several ways that are all right
 
 
 def record_of(run: StudyRun, folder: Path) -> dict[str, Any]:
@@ -50,11 +51,12 @@ def record_of(run: StudyRun, folder: Path) -> dict[str, Any]:
         "high_share": _rounded(_high_share(recorded)),
         "response_tokens": int(recorded.series("response_length/total")[1].sum()),
         "skipped_updates": int(recorded.metrics[-1]["skipped_updates"]),
+        "reward_failures": int(recorded.series("rollout/reward_failures")[1].sum()),
     }
     if tokens is not None:
         record |= {"credit": _credit(tokens)}
     if tokens is not None and run.condition == "warm":
-        record |= {"histogram": _histogram(tokens), "forks": _forks(tokens)}
+        record |= {"histogram": _histogram(tokens), "forks": _forks(tokens), "thresholds": _thresholds(tokens)}
     return record
 
 
@@ -93,8 +95,43 @@ def _histogram(tokens: Tokens) -> dict[str, list[int]]:
 
 def _forks(tokens: Tokens) -> dict[str, list[float]]:
     """Mean entropy (nats), share of high entropy and number of the positions of each kind, in complete solutions."""
-    kinds: dict[str, list[int]] = {name: [] for name in (*FORKS, ELSEWHERE)}
     high = np.isin(tokens.quadrants, [QUADRANTS.index("phr"), QUADRANTS.index("nhr")])
+    return {
+        name: [*_rounded(np.array([tokens.entropies[places].mean(dtype=np.float64), high[places].mean()])), len(places)]
+        for name, places in _kinds(tokens).items()
+        if places
+    }
+
+
+def _thresholds(tokens: Tokens) -> dict[str, list[float]]:
+    """For each threshold the share of all tokens that are of high entropy, of choices that are, and of those tokens,
+    within complete solutions, that are choices."""
+    kinds = _kinds(tokens)
+    complete = np.array([place for places in kinds.values() for place in places], dtype=int)
+    is_choice = np.zeros(len(tokens.entropies), dtype=bool)
+    is_choice[[place for name in CHOICES for place in kinds[name]]] = True
+    lengths = np.diff(tokens.offsets)
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    entropies = np.zeros(mask.shape, dtype=np.float32)
+    entropies[mask] = tokens.entropies
+    found = {}
+    for name in THRESHOLDS:
+        quadrants = quadrant_masks(
+            torch.tensor(tokens.rewards),
+            torch.tensor(entropies),
+            torch.tensor(mask),
+            torch.tensor(tokens.group_of),
+            threshold=name,
+        )
+        high = (quadrants["phr"] | quadrants["nhr"]).numpy()[mask]
+        of_complete = complete[high[complete]]
+        found[name] = _rounded(np.array([high.mean(), high[is_choice].mean(), is_choice[of_complete].mean()]))
+    return found
+
+
+def _kinds(tokens: Tokens) -> dict[str, list[int]]:
+    """The tokens of complete solutions by what their position decides."""
+    kinds: dict[str, list[int]] = {name: [] for name in (*FORKS, ELSEWHERE)}
     for row in range(len(tokens)):
         begin, end = int(tokens.offsets[row]), int(tokens.offsets[row + 1])
         texts = [tokens.texts[i] for i in tokens.text_of[begin:end]]
@@ -105,12 +142,4 @@ def _forks(tokens: Tokens) -> dict[str, list[float]]:
         kind_of = {solution.start(group): name for name, groups in FORKS.items() for group in groups}
         for token, start in enumerate(starts):
             kinds[kind_of.get(start, ELSEWHERE)].append(begin + token)
-    return {
-        name: [
-            float(f"{tokens.entropies[places].mean(dtype=np.float64):.5g}"),
-            float(f"{high[places].mean():.5g}"),
-            len(places),
-        ]
-        for name, places in kinds.items()
-        if places
-    }
+    return kinds

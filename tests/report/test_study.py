@@ -169,7 +169,7 @@ def recorded_run(folder: Path, run: StudyRun) -> None:
     path = folder / run.name / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     passes = {f"held_out/pass@{k}": 0.5 + 0.01 * run.seed for k in (2, 4, 8, 32)}
-    lines = [line | passes | {"updates": 2, "skipped_updates": 0} for line in lines]
+    lines = [line | passes | {"updates": 2, "skipped_updates": 0, "rollout/reward_failures": 0} for line in lines]
     start = {"step": 0, "held_out/solve_rate": 0.25, "skipped_updates": 0, **passes}
     path.write_text("".join(json.dumps(line) + "\n" for line in [start, *lines]))
     (folder / run.name / "summary.json").write_text("{}")
@@ -191,6 +191,8 @@ def test_numbers_of_a_run_are_its_records(tmp_path: Path) -> None:
     assert STATISTICS["speed"](found) == pytest.approx(21 / 72 + 0.03, abs=1e-6)
     assert STATISTICS["pass"](found) == pytest.approx(0.53)
     assert sum(map(sum, found["histogram"].values())) == found["response_tokens"] == found["credit"]["tokens"]
+    assert found["thresholds"]["mean"][0] == pytest.approx(statistics.fmean(found["high_share"]), abs=0.02)
+    assert found["thresholds"]["q25"][0] == pytest.approx(0.75, abs=0.02)
     assert 0 <= found["credit"]["explained_of_advantage"] < 0.1  # entropies and advantages are independent
 
 
