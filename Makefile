@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train train-vllm test test-random test-isas test-kills test-vllm test-nemo test-slurm lint benchmark benchmark-vllm
+.PHONY: setup train train-vllm study study-quick test test-random test-isas test-kills test-vllm test-nemo test-slurm lint benchmark benchmark-vllm
 
 setup: .venv/.installed
 
@@ -11,6 +11,13 @@ train: setup
 
 train-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/eapo-megatron train recipes/eapo-qwen2-tiny-arithmetic-vllm-1n2g-tp2.yaml
+
+# One part of the paper's study: PART=quadrants, eapo or methods. Runs that have ended are kept (docs/study.md).
+study: setup
+	$(BIN)/python -m benchmarks.study $(PART)
+
+study-quick: setup
+	$(BIN)/python -m benchmarks.study --quick
 
 test: setup lint
 	$(BIN)/pytest

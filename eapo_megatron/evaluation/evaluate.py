@@ -1,9 +1,11 @@
-"""A policy on prompts kept for evaluation: the solve rate on held-out ones, Avg@k and Pass@k on named benchmarks."""
+"""A policy on prompts kept for evaluation: solve rate and Pass@k on held-out ones, Avg@k and Pass@k on benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice, takewhile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import torch
 
 from eapo_megatron.config import Evaluation, Recipe
 from eapo_megatron.data import Prompt
@@ -53,10 +55,9 @@ def benchmark_metrics(task: Task, sampler: Sampler, recipe: Recipe) -> dict[str,
             correct = _correct(task, of_choices, recipe)
     else:
         correct = _correct(task, sampler, recipe)
-    means = pass_at_k(list(correct.values()), task.n).mean(0).tolist()
-    powers = takewhile(lambda k: k <= task.n, (2**i for i in range(task.n)))
+    rates = _pass_rates(correct.values(), task.n)
     name = f"eval/{task.benchmark.name}"
-    return {f"{name}/avg@{task.n}": means[0], **{f"{name}/pass@{k}": means[k - 1] for k in powers}}
+    return {f"{name}/avg@{task.n}": rates[1], **{f"{name}/pass@{k}": rate for k, rate in rates.items()}}
 
 
 def _correct(task: Task, sampler: Sampler, recipe: Recipe) -> dict[int, int]:
@@ -67,3 +68,24 @@ def _correct(task: Task, sampler: Sampler, recipe: Recipe) -> dict[int, int]:
         for (_, problem, _), is_correct in zip(keys, are_correct, strict=True):
             correct[problem] += is_correct
     return correct
+
+
+def evaluation_rates(rollouts: Rollouts, positive_threshold: float) -> dict[str, float]:
+    """`held_out/solve_rate`, which is Avg@n, and `held_out/pass@k` for k = 2, 4, 8, ... up to n responses a prompt.
+
+    A response without a verdict is left out of the solve rate, and counts as not correct in Pass@k.
+    """
+    solved = rollouts.group_ids[rollouts.rewards > positive_threshold]
+    counts = torch.bincount(solved, minlength=len(rollouts.prompts))
+    n = len(rollouts.rewards) // len(rollouts.prompts)
+    rates = _pass_rates(counts.tolist(), n)
+    return {
+        "held_out/solve_rate": rollouts.solve_rate(positive_threshold),
+        **{f"held_out/pass@{k}": rate for k, rate in rates.items() if k > 1},
+    }
+
+
+def _pass_rates(correct: Iterable[int], n: int) -> dict[int, float]:
+    """Mean Pass@k over problems for the powers of two up to n, from how many of n responses to each are correct."""
+    means = pass_at_k(list(correct), n).mean(0).tolist()
+    return {2**power: means[2**power - 1] for power in range(n.bit_length())}

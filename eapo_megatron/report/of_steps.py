@@ -24,19 +24,19 @@ from eapo_megatron.report.recordings import RecordedRun
 
 Series = tuple[np.ndarray, np.ndarray]
 HELD_OUT, IN_TRAINING = "held_out/solve_rate", "rollout/solve_rate"
-_BENCHMARK = r"eval/(.+)/(avg|pass)@(\d+)"
+_RATE = r"(eval/.+|held_out)/(avg|pass)@(\d+)"
 _LAST_EVALUATIONS = 3
 _SHOWN_QUADRANTS = 4  # experiments
 
 
 def training_curves(experiments: Sequence[Experiment]) -> Figure | str:
-    """Solve rate, entropy and length over steps, and Avg@n and Pass@n of each benchmark (Figures 2 and 6)."""
+    """Solve rate, Pass@n, entropy and length over steps, Avg@n and Pass@n of benchmarks (Figures 2 and 6)."""
     curves = [
         (IN_TRAINING, "Solve rate in training", True),
         (HELD_OUT, "Solve rate, held-out prompts", True),
         ("entropy/mean", "Mean token entropy (nats)", False),
         ("response_length/mean", "Response length (tokens)", False),
-        *_of_benchmarks(experiments),
+        *_rates(experiments),
     ]
     panels = [
         Panel(title, partial(_draw_curves, experiments, partial(_series, name), is_share))
@@ -145,15 +145,15 @@ def _names(experiments: Sequence[Experiment], pattern: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if re.fullmatch(pattern, name)]
 
 
-def _of_benchmarks(experiments: Sequence[Experiment]) -> list[tuple[str, str, bool]]:
-    """Avg@n and Pass@k at the largest k, benchmark by benchmark: metric, title, and that it is a share."""
+def _rates(experiments: Sequence[Experiment]) -> list[tuple[str, str, bool]]:
+    """Avg@n and Pass@k at the largest k, of held-out prompts too: metric, title, and that it is a share."""
     largest: dict[tuple[str, str], int] = {}
-    for metric in _names(experiments, _BENCHMARK):
-        name, measure, k = re.fullmatch(_BENCHMARK, metric).groups()  # type: ignore[union-attr]
-        largest[name, measure] = max(int(k), largest.get((name, measure), 0))
+    for metric in _names(experiments, _RATE):
+        prompts, measure, k = re.fullmatch(_RATE, metric).groups()  # type: ignore[union-attr]
+        largest[prompts, measure] = max(int(k), largest.get((prompts, measure), 0))
     return [
-        (f"eval/{name}/{measure}@{k}", f"{name}, {measure.capitalize()}@{k}", True)
-        for (name, measure), k in largest.items()
+        (f"{prompts}/{measure}@{k}", f"{prompts.removeprefix('eval/')}, {measure.capitalize()}@{k}", True)
+        for (prompts, measure), k in largest.items()
         if (measure, k) != ("pass", 1)  # which Avg@n is an estimate of too
     ]
 

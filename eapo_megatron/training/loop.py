@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from eapo_megatron.evaluation.evaluate import benchmark_metrics, evaluate
+from eapo_megatron.evaluation.evaluate import benchmark_metrics, evaluate, evaluation_rates
 from eapo_megatron.policy.batching import TokenData, make_batch
 from eapo_megatron.records.metrics import batch_metrics, mean_of_updates
 from eapo_megatron.rewards.overlong import overlong_rewards
@@ -126,7 +126,7 @@ def train_step(run: Run) -> dict[str, float]:
 
 
 def evaluation_metrics(run: Run) -> dict[str, float]:
-    """The solve rate on the held-out prompts, remembered by step, and Avg@k and Pass@k on the benchmarks."""
+    """The solve rate on the held-out prompts, remembered by step, Pass@k, and both on the benchmarks."""
     recipe, prompts, benchmarks = run.recipe, run.ingredients.evaluation, run.ingredients.benchmarks
     metrics: dict[str, float] = {}
     if not prompts and not benchmarks:
@@ -134,8 +134,8 @@ def evaluation_metrics(run: Run) -> dict[str, float]:
     with run.timer("evaluation"):
         if prompts:
             rollouts = evaluate(run.sampler, prompts, recipe.evaluation, recipe.seed)
-            rate = rollouts.solve_rate(run.ingredients.algorithm.positive_threshold)
-            run.progress.evaluations[str(run.progress.step)] = metrics["held_out/solve_rate"] = rate
+            metrics |= evaluation_rates(rollouts, run.ingredients.algorithm.positive_threshold)
+            run.progress.evaluations[str(run.progress.step)] = metrics["held_out/solve_rate"]
         for task in benchmarks:
             metrics |= benchmark_metrics(task, run.sampler, recipe)
     return metrics

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from math import comb
 
 import pytest
 import torch
 
+from eapo_megatron.data import Prompt
+from eapo_megatron.evaluation.evaluate import evaluation_rates
 from eapo_megatron.evaluation.pass_at_k import intervals, pass_at_k
+from eapo_megatron.policy.responses import Responses
+from eapo_megatron.rollout.rollouts import Rollouts
 
 
 def closed_form(n: int, c: int, k: int) -> float:
@@ -73,3 +78,12 @@ def test_intervals_repeat_and_stay_probabilities() -> None:
 
 def test_equal_problems_have_a_point_for_an_interval() -> None:
     assert intervals(torch.full((7, 2), 0.3, dtype=torch.float64)).flatten().tolist() == pytest.approx([0.3] * 4)
+
+
+def test_the_loop_logs_pass_at_powers_of_two() -> None:
+    """Five responses to each of three prompts, of which 0, 2 and 5 are correct; one without a verdict."""
+    rewards = torch.tensor([-1.0] * 5 + [1.0, -1.0, math.nan, 1.0, -1.0] + [1.0] * 5, dtype=torch.float64)
+    prompts = [Prompt(i, "", [1], "", None) for i in range(3)]
+    rollouts = Rollouts(prompts, Responses.of_lists([[1]] * 15), torch.arange(3).repeat_interleave(5), rewards, 1)
+    expected = {f"held_out/pass@{k}": sum(closed_form(5, c, k) for c in (0, 2, 5)) / 3 for k in (2, 4)}
+    assert evaluation_rates(rollouts, 0.0) == pytest.approx({"held_out/solve_rate": 7 / 14} | expected, abs=1e-12)

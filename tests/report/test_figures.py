@@ -73,9 +73,15 @@ def test_benchmarks_over_steps_have_their_average_and_the_largest_k(tmp_path: Pa
     for line, value in zip(lines, (0.25, 0.5), strict=True):
         line |= {f"eval/amc/{name}": value + k / 10 for k, name in enumerate(("avg@4", "pass@1", "pass@2", "pass@4"))}
         line |= {"eval/aime24/avg@1": value, "eval/aime24/pass@1": value}
+        line |= {"held_out/pass@2": value, "held_out/pass@4": value + 0.1}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     panels = {panel.title: panel for panel in figure(of_steps.training_curves, [read_run(run)]).panels}
-    assert [title for title in panels if "@" in title] == ["amc, Avg@4", "amc, Pass@4", "aime24, Avg@1"]
+    assert [title for title in panels if "@" in title] == [
+        "amc, Avg@4",
+        "amc, Pass@4",
+        "aime24, Avg@1",
+        "held_out, Pass@4",
+    ]
     np.testing.assert_allclose(axes_of(panels["amc, Avg@4"]).lines[0].get_ydata(), [0.25, 0.5])
     np.testing.assert_allclose(axes_of(panels["amc, Pass@4"]).lines[0].get_ydata(), [0.55, 0.8])
 
