@@ -159,7 +159,13 @@ def test_the_demo_has_every_figure_and_recorded_tokens(tmp_path: Path) -> None:
 def test_follow_refreshes_and_ctrl_c_ends_it_with_code_0(tmp_path: Path) -> None:
     run, out = write_run(tmp_path / "run", steps=2), tmp_path / "out"
     command = [sys.executable, "-m", "eapo_megatron.cli", "report", str(run), "--out", str(out), "--follow"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs in the background
+    )
     page = out / PAGE_FILE
 
     def wait_for(text: str) -> None:
@@ -169,13 +175,17 @@ def test_follow_refreshes_and_ctrl_c_ends_it_with_code_0(tmp_path: Path) -> None
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
-    wait_for("2 steps")
-    assert '"reload": 15' in page.read_text()
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "rollout/solve_rate": 0.5}\n')
-    wait_for("3 steps")
-    os.kill(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=120)
+    try:
+        wait_for("2 steps")
+        assert '"reload": 15' in page.read_text()
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "rollout/solve_rate": 0.5}\n')
+        wait_for("3 steps")
+        os.kill(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 0, errors
     assert "Ctrl-C ends this" in said
     assert '"reload": 0' in page.read_text()
