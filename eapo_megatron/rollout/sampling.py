@@ -77,12 +77,12 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens int64 [B] by inverting the cumulative distribution of `weights` [B, V] at `uniforms` [B] in [0, 1).
 
     First the block of tokens, then the token in it: so all of a row is summed up once. The draw of a row depends on its
-    own uniform alone, so it is the same in any batch, and never takes a token of weight 0.
+    own uniform alone, so it is the same in any batch, and never takes a token of weight 0. A row of NaN gives any token.
     """
     blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     block, rest = _inverse(blocks.sum(dim=-1), uniforms.double())
     token, _ = _inverse(blocks[torch.arange(len(block), device=block.device), block], rest)
-    return block * BLOCK + token
+    return (block * BLOCK + token).clamp(max=weights.shape[-1] - 1)
 
 
 def _inverse(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +94,7 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     last = torch.nextafter(cumulative[:, -1], cumulative.new_zeros(()))
     threshold = torch.minimum(uniforms * cumulative[:, -1], last)
     index = torch.searchsorted(cumulative, threshold.unsqueeze(-1), right=True)
+    index = index.clamp(max=weights.shape[-1] - 1)  # in a row of NaN
     after = cumulative.gather(-1, index)
     before = F.pad(cumulative, (1, 0)).gather(-1, index)
     return index.squeeze(-1), ((threshold.unsqueeze(-1) - before) / (after - before)).squeeze(-1)

@@ -181,6 +181,15 @@ def test_draw_stays_within_the_kept_tokens(seed: int, vocab: int, top_p: float) 
     assert weights.gather(-1, draw(weights, uniforms).unsqueeze(-1)).min() > 0
 
 
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=2)])
+def test_nan_is_told_of_its_own_row_alone(sampling: SamplingParams) -> None:
+    logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    logits[1, 70] = torch.nan
+    drawn = sample(logits, torch.full((3,), 0.5), sampling)
+    assert drawn.log_probs.isfinite().tolist() == [True, False, True]
+    assert 0 <= int(drawn.tokens[1]) < 100
+
+
 def test_draw_frequencies() -> None:
     probabilities = torch.tensor([0.4, 0.0, 0.3, 0.2, 0.1], dtype=torch.float64)
     count = 40_000
