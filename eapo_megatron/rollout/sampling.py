@@ -77,7 +77,7 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens int64 [B] by inverting the cumulative distribution of `weights` [B, V] at `uniforms` [B] in [0, 1).
 
     First the block of tokens, then the token in it: so all of a row is summed up once. The draw of a row depends on its
-    own uniform alone, so it is the same in any batch, and never takes a token of weight 0. A row of NaN gives any token.
+    own uniform alone, so it is the same in any batch, and never takes a token of weight 0. Of a row of NaN any token.
     """
     blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     block, rest = _inverse(blocks.sum(dim=-1), uniforms.double())
