@@ -33,7 +33,7 @@ test-isas: setup
 		echo $$isa; env $$isa $(BIN)/pytest $(NUMERIC) || exit 1; \
 	done
 
-# A run killed at twenty moments under two layouts, each time resumed and compared with one left alone: 13 minutes.
+# A run killed at twenty moments under two layouts, each time resumed and compared with one left alone: half an hour.
 test-kills: setup
 	$(BIN)/pytest -m "kills or not kills" tests/training/test_kills.py
 
