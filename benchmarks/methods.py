@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import socket
 import statistics
 import tempfile
 from dataclasses import replace
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.measuring import circumstances
 from eapo_megatron.config import METHODS
+from eapo_megatron.launcher import free_port
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
 from eapo_megatron.recipe_files import load_recipe
 from eapo_megatron.stopping import StopRequest
@@ -73,10 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as run_dir:
         seconds = measure(options.rounds, run_dir)
     rows: dict[str, Any] = {

@@ -55,12 +55,12 @@ def generator(engine: str, folder: str) -> tuple[Callable[[list[list[int]], floa
     import torch
 
     from eapo_megatron.config import Recipe
+    from eapo_megatron.launcher import free_port
     from eapo_megatron.policy.policy_model import open_policy
     from eapo_megatron.policy.runtime import start_runtime
     from eapo_megatron.rollout.engine import SamplingParams
     from eapo_megatron.rollout.megatron_engine import MegatronEngine
     from eapo_megatron.rollout.vllm_engine import open_engine
-    from eapo_megatron.rollout.vllm_server import free_port
     from eapo_megatron.weights.assets import FOLDER, write_whole_config
     from eapo_megatron.weights.export import export_weights
     from eapo_megatron.weights.huggingface import hf_config_of, weight_source

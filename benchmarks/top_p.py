@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.measuring import circumstances
 from eapo_megatron.algorithms import kept_mass_metrics, mismatch_metrics
+from eapo_megatron.launcher import free_port
 from eapo_megatron.policy.batching import make_batch
 from eapo_megatron.policy.policy_model import open_policy
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
@@ -91,10 +91,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("overrides", nargs="*", help="key.path=value over the recipe, such as logging.run_dir=...")
     options = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     rows = measure(options.top_p, options.prompts, options.overrides)
     record = circumstances() | {"recipe": Path(RECIPE).name, "prompts": options.prompts, "rows": rows}
     options.output.write_text(json.dumps(record, indent=1) + "\n")

@@ -31,11 +31,12 @@ from rich.table import Table
 
 from benchmarks.measuring import circumstances
 from eapo_megatron.config import Recipe
+from eapo_megatron.launcher import free_port
 from eapo_megatron.policy.policy_model import Policy, open_policy
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
 from eapo_megatron.rollout.vllm_client import VLLMClient
 from eapo_megatron.rollout.vllm_engine import VLLMEngine, open_engine
-from eapo_megatron.rollout.vllm_server import VLLMServer, free_port
+from eapo_megatron.rollout.vllm_server import VLLMServer
 from eapo_megatron.rollout.weight_transfer import SharedMemoryTransport, buckets
 from eapo_megatron.weights.assets import FOLDER, write_whole_config
 from eapo_megatron.weights.export import export_weights

@@ -96,10 +96,7 @@ def run_local_ranks(world_size: int, arguments: Sequence[str]) -> int:
     When one rank fails the others are ended; when this process dies, even by SIGKILL, all of them do. Requests to
     stop are passed on to the ranks; Ctrl-C is for this process, which ends them.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     threads = max(1, (os.cpu_count() or 1) // world_size)
     parent = os.getpid()
 
@@ -145,3 +142,11 @@ def _exit_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         if None not in codes:
             return max(code for code in codes if code is not None)
         time.sleep(0.05)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -59,9 +59,10 @@ def main() -> None:
         records = [record_of(run, folder) for run in dict.fromkeys(ended)]
         write_text(results, json.dumps(circumstances() | {"runs": records}, separators=(",", ":")) + "\n")
         draw(plan, folder, images)
-    tables = all_tables(json.loads(results.read_text(encoding="utf-8")), plan, images)
+    study = json.loads(results.read_text(encoding="utf-8"))
+    tables = all_tables(study, plan, images)
     write_text(page, write_page(PAGE.read_text(encoding="utf-8"), tables))
-    print(f"{page}: tables of {len(json.loads(results.read_text())['runs'])} runs")
+    print(f"{page}: tables of {len(study['runs'])} runs")
     if failed:
         sys.exit(f"failed: {', '.join(run.name for run in failed)}; their logs are in {folder / 'logs'}")
 

@@ -21,15 +21,13 @@ def rescore(examination: Examination, file: ResponseFile) -> None:
     """Verifies the file's responses to these benchmarks again, without the model, and puts the new rewards in place."""
     tasks = {task.benchmark.name: task for task in examination.tasks}
     with ExitStack() as stack:
-        pools = {}
-        for task in tasks.values():
+        pools: dict[str, RewardPool] = {}
+        judges = {}
+        for name, task in tasks.items():
             reward = with_reward_of(examination.recipe, task.benchmark).reward
             if reward.function not in pools:
                 pools[reward.function] = stack.enter_context(open_verifier(reward, no_verdict=math.nan))
-        judges = {
-            name: pools[with_reward_of(examination.recipe, task.benchmark).reward.function]
-            for name, task in tasks.items()
-        }
+            judges[name] = pools[reward.function]
         file.replace(_scored_again(tasks, judges, file.records()))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 
 from eapo_megatron.config import Parallel
+from eapo_megatron.launcher import free_port
 from eapo_megatron.megatron_compat.replacements import install_cpu_runtime, runs_on_cpu
 
 
@@ -142,11 +142,8 @@ def start_runtime(parallel: Parallel, *, seed: int, device: str = "auto", timeou
 @contextmanager
 def runtime_of_one(*, seed: int, device: str = "auto") -> Iterator[Runtime]:
     """The runtime of a process that no launcher started: the only rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     before = dict(os.environ)
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     try:
         runtime = start_runtime(Parallel(), seed=seed, device=device)
     finally:

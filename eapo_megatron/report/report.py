@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TypeVar
 
 from eapo_megatron.config import RecipeError
 from eapo_megatron.durable import write_json, write_text
@@ -18,8 +19,9 @@ from eapo_megatron.report import of_credit, of_steps, of_tokens
 from eapo_megatron.report.figures import Experiment, Figure, experiments_of, save_figures
 from eapo_megatron.report.of_measured_credit import Measurement, measured_credit
 from eapo_megatron.report.page import make_page
-from eapo_megatron.report.recordings import RecordedRun, read_run
+from eapo_megatron.report.recordings import read_run
 
+T = TypeVar("T")
 PAGE_FILE, CREDIT_FILE = "report.html", "credit.json"
 FIGURES: tuple[Callable[[Sequence[Experiment]], Figure | str], ...] = (
     of_steps.training_curves,
@@ -57,7 +59,7 @@ def write_report(folders: Sequence[Path], out: Path, *, credit: bool = False, re
     Raises:
         RecipeError: no run can be read, or none allows the measurement.
     """
-    runs, notes = _read(folders)
+    runs, notes = _of_those_that_allow(read_run, folders)
     measured: list[Measurement] = []
     if credit:
         measured, problems = _measure([run.folder for run in runs])
@@ -106,17 +108,17 @@ def follow(folders: Sequence[Path], out: Path, say: Callable[[str], None]) -> No
         write_report(folders, out)
 
 
-def _read(folders: Sequence[Path]) -> tuple[list[RecordedRun], list[str]]:
-    """The runs that can be read; the others are named, unless there are none."""
-    runs, problems = [], []
+def _of_those_that_allow(call: Callable[[Path], T], folders: Sequence[Path]) -> tuple[list[T], list[str]]:
+    """What `call` makes of the runs that it does not refuse; the others are named, unless there are none."""
+    made, problems = [], []
     for folder in folders:
         try:
-            runs.append(read_run(folder))
+            made.append(call(folder))
         except RecipeError as error:
             problems.append(str(error))
-    if not runs:
+    if not made:
         raise RecipeError("; ".join(problems))
-    return runs, problems
+    return made, problems
 
 
 def _measure(folders: Sequence[Path]) -> tuple[list[Measurement], list[str]]:
@@ -124,14 +126,7 @@ def _measure(folders: Sequence[Path]) -> tuple[list[Measurement], list[str]]:
     warnings.filterwarnings("ignore", module=r"megatron\.")  # of optional GPU packages that it does without
     from eapo_megatron.evaluation.measured_credit import measurable, measure  # megatron: seconds
 
-    ready, problems = [], []
-    for folder in folders:
-        try:
-            ready.append(measurable(folder))
-        except RecipeError as error:
-            problems.append(str(error))
-    if not ready:
-        raise RecipeError("; ".join(problems))
+    ready, problems = _of_those_that_allow(measurable, folders)
     return [measure(run) for run in ready], problems
 
 

@@ -266,42 +266,37 @@ def _share_prompts(context: StaticInferenceContext, padding: Tensor, width: int,
     cached = {}
     for layer, parts in context.key_value_memory_dict.items():
         cached[layer] = tuple(part[:width].permute(1, 2, 0, 3).contiguous() for part in parts)
-        context.key_value_memory_dict[layer] = tuple(_row_cache(part, width, rows.numel(), room=0) for part in parts)
+        nothing = (part[:0].index_select(1, rows) for part in parts)
+        context.key_value_memory_dict[layer] = tuple(_row_cache(part, width, room=0) for part in nothing)
     context.max_batch_size = rows.numel()
     return SharedPrompts(cached, torch.arange(width, device=padding.device) < padding.unsqueeze(-1), rows)
 
 
-def _row_cache(like: Tensor, width: int, rows: int, *, room: int) -> Tensor:
-    """A cache [width + room, rows, groups, d] for tokens after the prompts, which end at position `width`.
+def _row_cache(tokens: Tensor, width: int, *, room: int) -> Tensor:
+    """A cache [width + room, rows, groups, d] for tokens after the prompts: `tokens` [n, rows, groups, d] first.
 
-    Nobody writes or reads the first `width` positions here: they have no memory of their own, but lie over other rows'.
-    The others lie side by side for each row and group, without a gap to the next: so attention on the CPU reads them
-    fastest.
+    Nobody writes or reads its first `width` positions, the prompts': they have no memory of their own, but lie over
+    other rows'. The others lie side by side for each row and group, without a gap to the next: so attention on the CPU
+    reads them fastest.
     """
-    _, _, groups, size = like.shape
+    length, rows, groups, size = tokens.shape
     block = room * size
-    memory = like.new_empty(width * size + rows * groups * block)
-    return memory.as_strided((width + room, rows, groups, size), (size, groups * block, block, 1))
+    memory = tokens.new_empty(width * size + rows * groups * block)
+    cache = memory.as_strided((width + room, rows, groups, size), (size, groups * block, block, 1))
+    cache[width : width + length] = tokens
+    return cache
 
 
 def _make_room(context: StaticInferenceContext, width: int, *, room: int) -> None:
     """Lays the rows' cache anew, with memory for `room` tokens."""
     for layer, parts in context.key_value_memory_dict.items():
-        larger = []
-        for part in parts:
-            larger.append(_row_cache(part, width, part.shape[1], room=room))
-            larger[-1][width : part.shape[0]] = part[width:]
-        context.key_value_memory_dict[layer] = tuple(larger)
+        context.key_value_memory_dict[layer] = tuple(_row_cache(part[width:], width, room=room) for part in parts)
 
 
 def _select_rows(context: StaticInferenceContext, shared: SharedPrompts, rows: Tensor) -> SharedPrompts:
     """Keeps these rows of the cache's batch, in ascending order."""
-    width = shared.width
     for layer, parts in context.key_value_memory_dict.items():
-        kept = []
-        for part in parts:
-            kept.append(_row_cache(part, width, rows.numel(), room=part.shape[0] - width))
-            kept[-1][width:] = part[width:].index_select(1, rows)
-        context.key_value_memory_dict[layer] = tuple(kept)
+        own = (part[shared.width :].index_select(1, rows) for part in parts)
+        context.key_value_memory_dict[layer] = tuple(_row_cache(part, shared.width, room=len(part)) for part in own)
     context.max_batch_size = rows.numel()
     return shared.of_rows(rows)

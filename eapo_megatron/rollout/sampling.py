@@ -67,7 +67,7 @@ def _nucleus(weights: Tensor, top_p: float) -> Tensor:
         count = min(count, vocab_size)
         ordered, order = weights[rows].topk(count, dim=-1)
         mass = ordered.cumsum(dim=-1, dtype=torch.float64)
-        inside[rows] = torch.zeros_like(inside[rows]).scatter(-1, order, mass - ordered < wanted[rows])
+        inside[rows.unsqueeze(-1), order] = mass - ordered < wanted[rows]
         rows = rows[mass[:, -1] < wanted[rows, 0]] if count < vocab_size else rows[:0]
         count *= 16
     return inside

@@ -115,7 +115,7 @@ class VLLMEngine:
         """Sends the tensors to all servers, which then sample from them as `version`."""
         self.version = version
         self._wake()
-        self._send(named_tensors, [index for index in self._own if index not in self._lost])
+        self._send(named_tensors, self._own_left())
         self.restore()
         if self._recipe.rollout.verify_weights:
             self._verify()
@@ -156,33 +156,31 @@ class VLLMEngine:
     def drop_requests(self) -> None:
         """Ends every `sample_here` that is under way, and all later ones, for good."""
         self._dropping = True
-        for server, client in self._clients.items():
-            try:
-                client.pause("abort")
-                client.resume()
-            except ServerLostError as error:
-                self._lose(server, client, str(error))
+        self._tell(list(self._clients), _drop)
 
     def sleep(self) -> None:
         """Sends the servers to sleep, where `rollout.vllm.sleep` says so; no replica waits for responses any more."""
         if self._settings.sleep:
             self._asleep = True
-            self._tell_own(VLLMClient.sleep)
+            self._tell(self._own_left(), VLLMClient.sleep)
 
     def _wake(self) -> None:
         if self._asleep:
             self._asleep = False
-            self._tell_own(VLLMClient.wake_up)
+            self._tell(self._own_left(), VLLMClient.wake_up)
 
-    def _tell_own(self, call: Callable[[VLLMClient], None]) -> None:
-        """Calls each of this rank's servers; one that fails is lost."""
-        for server in self._own:
-            if server not in self._lost:
-                client = self._clients[server]
-                try:
-                    call(client)
-                except ServerLostError as error:
-                    self._lose(server, client, str(error))
+    def _own_left(self) -> list[int]:
+        """The servers that this rank owns and has not lost."""
+        return [server for server in self._own if server not in self._lost]
+
+    def _tell(self, servers: Iterable[int], call: Callable[[VLLMClient], None]) -> None:
+        """Calls each of the servers; one that fails is lost."""
+        for server in servers:
+            client = self._clients[server]
+            try:
+                call(client)
+            except ServerLostError as error:
+                self._lose(server, client, str(error))
 
     def close(self) -> None:
         """Ends the servers that this run started."""
@@ -336,6 +334,12 @@ class VLLMEngine:
             folder: Path = self._recipe.run_folder / "rollout" / f"weights-{self._replica}"
             return DiskTransport(folder)
         return SharedMemoryTransport()
+
+
+def _drop(client: VLLMClient) -> None:
+    """Ends the requests that are under way."""
+    client.pause("abort")
+    client.resume()
 
 
 def _requests(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from eapo_megatron.config import Recipe
+from eapo_megatron.launcher import free_port
 from eapo_megatron.rollout.vllm_client import ServerLostError, VLLMClient
 from eapo_megatron.rollout.vllm_plugin import PARENT
 from eapo_megatron.rollout.vllm_release import check_installed, check_release
@@ -244,11 +244,3 @@ class SeparateServer:
 
     def end(self) -> None:
         """Others end it."""
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

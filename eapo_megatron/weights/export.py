@@ -150,7 +150,8 @@ def _parts_on_leaders(
         return None
     if holder.stage != 0:
         if holds:
-            for part in parts or ():
+            assert parts is not None
+            for part in parts:
                 dist.send(part, group=pipeline, group_dst=0)
         elif pipeline.rank() == 0:
             parts = _empty(weight, holder, device)
