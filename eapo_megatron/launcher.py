@@ -78,6 +78,11 @@ def check_devices(recipe: Recipe, local_rank: int | None = None) -> None:
                 f"model.head.backend triton needs a GPU, and cluster.device {cluster.device} is the CPU here"
             )
         return
+    if recipe.train.packing == "segments":
+        raise RecipeError(
+            "train.packing segments has its attention for the CPU alone, and cluster.device "
+            f"{cluster.device} is the GPU here: set train.packing padded"
+        )
     if not torch.cuda.is_available():
         raise RecipeError("cluster.device cuda: PyTorch sees no GPU on this machine")
     visible, asked = torch.cuda.device_count(), cluster.gpus_per_node if local_rank is None else local_rank + 1

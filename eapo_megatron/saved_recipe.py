@@ -98,6 +98,8 @@ def experiment(recipe: Recipe) -> dict[str, Any]:
     for section, key in (
         ("train", "steps"),
         ("train", "micro_batch_size"),
+        ("train", "packing"),
+        ("train", "micro_batch_tokens"),
         ("train", "max_skipped_in_a_row"),
         ("rollout", "max_batch_size"),
         ("rollout", "vllm"),

@@ -126,6 +126,7 @@ class Layout:
     parallel: dict[str, Any] = field(default_factory=dict)
     model: str = "tied"
     micro_batch_size: int = 4
+    micro_batch_tokens: int | None = None  # of packs
     optimizer: str = "sgd"
     dtype: str = "float32"
     recompute: str = "none"
@@ -254,6 +255,36 @@ REPLAYED: dict[str, Layout] = {
     "PP2 VPP2, full recompute": Layout(2, PP2 | VPP2, model="qwen3_moe", micro_batch_size=1, recompute="full"),
     "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, model="qwen3_moe, bare", micro_batch_size=1),
 }
+# With packed micro-batches: tests/policy/test_packed_layouts.py. A budget of 30 tokens splits groups.
+PACKED: dict[str, Layout] = {
+    "single": Layout(1, micro_batch_size=12, micro_batch_tokens=30),
+    "single, one pack": Layout(1, micro_batch_size=12, optimizer="adam"),
+    "single, alone": Layout(1, micro_batch_size=1, recompute="full"),
+    "single, selective recompute": Layout(1, micro_batch_size=5, recompute="selective"),
+    "single, logits": Layout(1, micro_batch_size=12, micro_batch_tokens=30, head="logits"),
+    "TP2": Layout(2, TP2, micro_batch_size=12, micro_batch_tokens=30),
+    "TP2 SP": Layout(2, TP2 | SP, micro_batch_tokens=30, recompute="selective"),
+    "TP2 SP, full recompute": Layout(2, TP2 | SP, micro_batch_size=12, recompute="full"),
+    "PP2": Layout(2, PP2, micro_batch_size=12, micro_batch_tokens=30),
+    "PP2, full recompute": Layout(2, PP2, micro_batch_size=3, recompute="full"),
+    "PP2 VPP2": Layout(2, PP2 | VPP2, micro_batch_size=12, micro_batch_tokens=30),
+    "PP2 VPP2, full recompute": Layout(2, PP2 | VPP2, micro_batch_size=2, recompute="full"),
+    "DP2": Layout(2, micro_batch_size=12, micro_batch_tokens=30),
+    "DP2, Adam, distributed optimizer": Layout(2, SHARDED, micro_batch_size=12, optimizer="adam"),
+}
+PACKED |= {
+    f"single, {model}": Layout(1, model=model, micro_batch_size=12, micro_batch_tokens=30)
+    for model in (*DENSE_FAMILIES, "yarn", *MIXTURES, "moonlight")
+}
+PACKED |= {
+    f"{name}, {model}": replace(layout, model=model)
+    for model in ("qwen3_moe", "deepseek_v3")
+    for name, layout in {
+        "TP2 SP": Layout(2, TP2 | SP, micro_batch_size=12, micro_batch_tokens=30, recompute="full"),
+        "PP2": Layout(2, PP2, micro_batch_size=3, recompute="full"),
+        "EP2": Layout(2, EP2, micro_batch_size=12, micro_batch_tokens=30),
+    }.items()
+}
 FLOAT32 = [name for name, layout in LAYOUTS.items() if layout.dtype == "float32"]
 
 # The optimizer steps: a group; one response alone (with DP2 a rank has none); an odd number over two groups.
@@ -281,6 +312,21 @@ def training_batch() -> Batch:
     responses = Responses.of_lists([tokens(1, 9) for _ in range(12)])
     rewards = torch.tensor([1.0, -1.0, -1.0, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0])
     return make_batch(prompts, responses, torch.arange(3).repeat_interleave(4), rewards, torch.device("cpu"))
+
+
+def ragged_batch() -> Batch:
+    """Groups of one, six and four responses, of no token, one and more; and one group without any token."""
+    source = random.Random(1)
+
+    def tokens(length: int) -> list[int]:
+        return [source.randrange(VOCAB_SIZE) for _ in range(length)]
+
+    lengths = [[7], [1, 0, 12, 3, 1, 5], [0, 9, 2, 1], [0, 0]]
+    prompts = [tokens(length) for length in (1, 9, 4, 3)]
+    responses = Responses.of_lists([tokens(length) for group in lengths for length in group])
+    group_ids = torch.arange(4).repeat_interleave(torch.tensor([len(group) for group in lengths]))
+    rewards = torch.tensor([1.0, -1.0, 1.0])[torch.arange(len(group_ids)) % 3]
+    return make_batch(prompts, responses, group_ids, rewards, torch.device("cpu"))
 
 
 def old_policy_offsets(batch: Batch) -> torch.Tensor:

@@ -205,6 +205,14 @@ class Algorithm:
         """What the loss marks among the tokens of an optimizer step; None: nothing. See `LossSettings.selected`."""
         return self.loss_settings.selected(inputs, process_group=process_group)
 
+    def trained(self, advantages: Tensor, mask: Tensor, selected: Tensor | None = None) -> Tensor:
+        """The responses that have a gradient, bool [N]: the others need not enter the update.
+
+        A response has none where its advantages are all 0, no token of it is selected, and the loss has no term beside
+        them: no KL, no entropy bonus. The tensors are those of `LossInputs`, [N, T].
+        """
+        return self.loss_settings.trained(advantages, mask, selected)
+
     def adapted(self, coefficient: float, entropy: float) -> tuple[Algorithm, float]:
         """The algorithm of a step with this mean token entropy; see `LossSettings.adapted`."""
         settings, following = self.loss_settings.adapted(coefficient, entropy)

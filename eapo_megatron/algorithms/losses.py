@@ -4,7 +4,8 @@ Log-ratios are clamped to [-20, 20] before exp, as frameworks do: exp(20) is fin
 multiplied, and a token so far off the policy it was sampled from gets no gradient.
 A new loss is one function and one line in `LOSSES`; its keyword arguments are its options, and `reads("ref_log_probs")`
 says that it needs a field that may be None. It sees 0 at masked positions, whatever they held. A loss that treats some
-tokens of the optimizer step apart names the function that marks them with `selects`.
+tokens of the optimizer step apart names the function that marks them with `selects`. One that has nothing of tokens
+without advantage declares it with `scaled_by_advantages`, and they need not be computed.
 """
 
 from __future__ import annotations
@@ -55,6 +56,18 @@ class LossInputs:
 TokenLoss = tuple[Tensor, dict[str, Tensor]]  # per-token loss [N, T], per-token metrics [N, T] by name
 
 
+def scaled_by_advantages(loss: Callable[..., TokenLoss]) -> Callable[..., TokenLoss]:
+    """Declares that a token whose advantage is 0, and that is not selected, has no loss and no gradient."""
+    loss.scaled_by_advantages = True  # type: ignore[attr-defined]
+    return loss
+
+
+def is_scaled_by_advantages(loss: Callable[..., TokenLoss]) -> bool:
+    """Whether a loss declared it with `scaled_by_advantages`."""
+    return getattr(loss, "scaled_by_advantages", False)
+
+
+@scaled_by_advantages
 def clipped_surrogate(inputs: LossInputs, *, eps_low: float = 0.2, eps_high: float = 0.28) -> TokenLoss:
     """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = pi / pi_old (EAPO, arXiv 2604.11056, Eq. 2).
 
@@ -68,6 +81,7 @@ def clipped_surrogate(inputs: LossInputs, *, eps_low: float = 0.2, eps_high: flo
     return _clipped(inputs, _ratios(inputs), 1 - eps_low, 1 + eps_high)
 
 
+@scaled_by_advantages
 @reads("selected")
 @selects(top_covariances)
 def kl_cov(inputs: LossInputs, *, fraction: float = 2e-3, coefficient: float = 1.0) -> TokenLoss:
@@ -87,6 +101,7 @@ def kl_cov(inputs: LossInputs, *, fraction: float = 2e-3, coefficient: float = 1
     return token_loss, {"selected_share": inputs.selected, **_distance_metrics(inputs, ratio)}
 
 
+@scaled_by_advantages
 @reads("selected")
 @selects(random_covariances)
 def clip_cov(
@@ -113,6 +128,7 @@ def clip_cov(
     return (1 - inputs.selected) * token_loss, {"selected_share": inputs.selected, **metrics}
 
 
+@scaled_by_advantages
 def ce_gppo(
     inputs: LossInputs, *, eps_low: float = 0.2, eps_high: float = 0.28, beta_low: float = 0.75, beta_high: float = 1.0
 ) -> TokenLoss:
@@ -139,6 +155,7 @@ def ce_gppo(
     return -factor * inputs.advantages, _metrics(inputs, ratio, low, high)
 
 
+@scaled_by_advantages
 def gspo(inputs: LossInputs, *, eps_low: float = 3e-4, eps_high: float = 4e-4) -> TokenLoss:
     """-min(s A, clip(s, 1 - eps_low, 1 + eps_high) A), s = exp(mean_t log rho_t) (GSPO, arXiv 2507.18071).
 
@@ -157,6 +174,7 @@ def gspo(inputs: LossInputs, *, eps_low: float = 3e-4, eps_high: float = 4e-4) -
     return _clipped(inputs, ratio, 1 - eps_low, 1 + eps_high)
 
 
+@scaled_by_advantages
 def cispo(inputs: LossInputs, *, eps_low: float = 1.0, eps_high: float = 0.28) -> TokenLoss:
     """-sg(clip(rho, 1 - eps_low, 1 + eps_high)) A log pi (CISPO, arXiv 2506.13585).
 

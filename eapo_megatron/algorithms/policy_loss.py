@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .aggregation import AGGREGATIONS, check_length, loss_weights
 from .checks import check_finite
-from .losses import KL_ESTIMATORS, LOSSES, LossInputs
+from .losses import KL_ESTIMATORS, LOSSES, LossInputs, is_scaled_by_advantages
 from .registry import check_number, choose, complete_options, default_options, read_by
 from .selection import SelectionInputs, selection_of
 
@@ -112,15 +112,25 @@ class LossSettings:
         own = {name: self.options[name] for name in default_options(selection)}
         return selection(inputs, process_group=process_group, **own).float()
 
-    def means(self, metrics: Mapping[str, float], weights: Tensor) -> dict[str, float]:
-        """The metrics of `policy_loss`, summed over an optimizer step, as means over its tokens.
+    def trained(self, advantages: Tensor, mask: Tensor, selected: Tensor | None) -> Tensor:
+        """The responses that have a gradient, bool [N]; see `Algorithm.trained`."""
+        if self.kl_coef != 0 or self.entropy_coef != 0 or not is_scaled_by_advantages(LOSSES[self.loss]):
+            return torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+        wanted = advantages != 0  # NaN too
+        if selected is not None:
+            wanted = wanted | (selected != 0)
+        return (wanted & mask).any(dim=1)
 
-        weights: float32 [N, T], of all of the step's tokens. Sums are means already where weights add up to 1. Terms of
-        the loss ("loss/...") stay the sums that they are.
+    def means(self, metrics: Mapping[str, float], weights: Tensor, covered: Tensor | None = None) -> dict[str, float]:
+        """The metrics of `policy_loss`, summed over tokens of an optimizer step, as means over these.
+
+        weights: float32 [N, T], of all of the step's tokens; covered: bool [N, T], the tokens summed over, None: all.
+        Sums over all are means already where weights add up to 1. Terms of the loss ("loss/...") stay the sums that
+        they are.
         """
-        if self.aggregation != "seq_mean_token_sum":
+        if covered is None and self.aggregation != "seq_mean_token_sum":
             return dict(metrics)
-        total = float(weights.sum(dtype=torch.float64))
+        total = float((weights if covered is None else weights * covered).sum(dtype=torch.float64))
         return {name: value if name.startswith("loss/") else value / total for name, value in metrics.items()}
 
     def adapted(self, coefficient: float, entropy: float) -> tuple[LossSettings, float]:

@@ -71,6 +71,12 @@ class Recipe(Section):
                 f"train.mini_batch_prompts {self.train.mini_batch_prompts} exceeds "
                 f"train.num_prompts_per_step {self.train.num_prompts_per_step}"
             )
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens - 1
+        if self.train.micro_batch_tokens is not None and self.train.micro_batch_tokens < longest:
+            raise ValueError(
+                f"train.micro_batch_tokens {self.train.micro_batch_tokens} is less than what the model reads of one "
+                f"response: data.max_prompt_tokens + rollout.max_response_tokens - 1 = {longest}"
+            )
         return self
 
     def make_algorithm(self) -> algorithms.Algorithm:

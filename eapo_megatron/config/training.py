@@ -87,9 +87,19 @@ class Train(Section):
     mini_batch_prompts: int = Field(32, ge=1)
     """Prompts of one optimizer step, with all their responses, over all ranks."""
     micro_batch_size: int = Field(1, ge=1)
-    """Responses in one forward and backward on one model replica."""
+    """Responses in one forward and backward on one model replica; packed, at most so many."""
+    packing: Literal["segments", "padded"] = "padded"
+    """A micro-batch's form: segments packs it in one row, a group's prompt once; padded has a row a response."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens that the model reads in one packed micro-batch, at most; null: any number. See docs/packing.md."""
     max_skipped_in_a_row: int = Field(3, ge=1)
     """Updates in a row with NaN or Inf after which the run stops."""
+
+    @model_validator(mode="after")
+    def _budget(self) -> Train:
+        if self.micro_batch_tokens is not None and self.packing == "padded":
+            raise ValueError("micro_batch_tokens needs packing segments")
+        return self
 
 
 class WarmStart(Section):

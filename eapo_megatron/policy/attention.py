@@ -15,6 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from eapo_megatron.policy.segment_attention import segment_attention
+from eapo_megatron.policy.segments import Segments
 from eapo_megatron.policy.shared_prompts import SharedPrompts
 
 
@@ -41,15 +43,20 @@ class ScaledDotProductAttention(MegatronModule):
         *,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: Segments | None = None,
     ) -> Tensor:
         """Attention of query [sq, b, heads, d] over key and value [sk, b, groups, d] -> [sq, b, heads * d].
 
         `attention_mask` is bool, broadcastable to [b, heads, sq, sk], True where attention is NOT allowed. Without
         it the mask is causal, or none at all for `AttnMaskType.no_mask`. In its place `SharedPrompts` decode.
+        `packed_seq_params` say what sees what in the one packed row of a micro-batch.
         """
         assert attention_bias is None
-        assert packed_seq_params is None
+        if packed_seq_params is not None:
+            query, key, value = (part.squeeze(1) for part in (query, key, value))
+            causal, contexts = packed_seq_params.causal, packed_seq_params.contexts
+            context = segment_attention(query, key, value, causal, contexts, scale=self.softmax_scale)
+            return context.flatten(1).unsqueeze(1)
         if isinstance(attention_mask, SharedPrompts):
             return attention_mask.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
         length, batch, heads, _ = query.shape

@@ -2,7 +2,7 @@
 
 Every rank holds the complete batch (tokens and a few floats a token), so group statistics are exact however responses
 are divided: among data-parallel ranks by length, then into micro-batches padded on the right to their own longest
-sequence.
+sequence. The other form of micro-batches, without padding, is that of `packs`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eapo_megatron.policy.responses import Responses
+from eapo_megatron.policy.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,18 @@ class TokenData:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """b sequences of s tokens, and the M positions whose next token belongs to a response."""
+    """b responses in rows of s tokens, and the M positions whose next token belongs to a response."""
 
     rows_in_batch: Tensor  # int64 [b]
-    input_ids: Tensor  # int64 [b, s]
-    position_ids: Tensor  # int64 [b, s]
+    input_ids: Tensor  # int64 [height, s]: a row a response, then padding; one row where the responses are packed
+    position_ids: Tensor  # int64 [height, s]
     head_positions: tuple[Tensor, Tensor]  # rows and columns, each int64 [M]
     targets: Tensor  # int64 [M]
     mask: Tensor  # bool [b, T]: scatters the M values to responses
     lengths: Tensor  # int64 [height]: how much of each row of input_ids is no padding
     kept: tuple[Tensor, Tensor] | None = None  # which of the M positions (int64 [K]) kept which token (int64 [K])
     routes: Tensor | None = None  # int16 [height, s, L, k]: the sampler's experts; padding has the first k
+    segments: Segments | None = None  # of a packed row (b responses in one row of s tokens); None: a row a response
 
     def to_responses(self, values: Tensor) -> Tensor:
         """Values [M] at their places in [b, T], zero elsewhere; differentiable."""
@@ -203,13 +205,13 @@ def _micro_batch(batch: Batch, rows: Sequence[int], height: int, width: int) -> 
         targets=responses.tokens.long().to(device),
         mask=batch.mask[index.to(device), :longest],
         lengths=lengths.to(device),
-        kept=_kept(responses, device),
+        kept=kept_pairs(responses, device),
         routes=_routes(responses, lengths, width, device),
     )
 
 
-def _kept(responses: Responses, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """The tokens that each of the M places kept, as pairs of place and token."""
+def kept_pairs(responses: Responses, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """The tokens that each of the M places kept, as pairs of place and token: `MicroBatch.kept`."""
     if responses.kept_counts is None or responses.kept_ids is None:
         return None
     places = torch.arange(len(responses.kept_counts)).repeat_interleave(responses.kept_counts)

@@ -6,6 +6,9 @@ without Transformer Engine shards them and then loses all but one rank's gradien
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from eapo_megatron.megatron_compat.replacements import LATENT_ATTENTION, install
 from eapo_megatron.policy.attention import RMSNorm
+from eapo_megatron.policy.segments import Segments
 
 LATENT_NORM_EPS = 1e-6
 
@@ -43,8 +47,38 @@ class ReplicatedLinear(torch.nn.Module):
         return F.linear(hidden, self.weight), None
 
 
+class RotaryTable(torch.nn.Module):
+    """The rotary table of an MLA layer; inside `at` it is that of the positions of a packed row.
+
+    Megatron's layer makes its table itself, for positions 0 to T - 1, and has no form for other ones.
+    """
+
+    def __init__(self, table: torch.nn.Module) -> None:
+        super().__init__()
+        self.table = table
+        self.get_rotary_seq_len = table.get_rotary_seq_len
+        self._segments: Segments | None = None
+
+    @contextmanager
+    def at(self, segments: Segments) -> Iterator[None]:
+        """Calls in this block give the table [T, 1, 1, d] at the positions of the segments."""
+        self._segments = segments
+        yield
+        self._segments = None
+
+    def forward(self, length: int, **settings: Any) -> Tensor | tuple[Tensor, float]:
+        """Megatron's table [length, 1, 1, d] of angles; YaRN's with the factor of its cosines and sines."""
+        if self._segments is None:
+            return self.table(length, **settings)
+        made = self.table(self._segments.max_seqlen_q, **settings)
+        if isinstance(made, Tensor):
+            return self._segments.of_positions(made)
+        angles, factor = made
+        return self._segments.of_positions(angles), factor
+
+
 class LatentSelfAttention(MLASelfAttention):
-    """Megatron's MLA with complete down-projections."""
+    """Megatron's MLA with complete down-projections, also over packed rows."""
 
     def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
         install(LATENT_ATTENTION)
@@ -54,3 +88,19 @@ class LatentSelfAttention(MLASelfAttention):
         )
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = ReplicatedLinear(config, config.hidden_size, config.q_lora_rank)
+        self.rotary_pos_emb: RotaryTable = RotaryTable(self.rotary_pos_emb)  # type: ignore[has-type]
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packed_seq_params: Segments | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, ...]:
+        """Megatron's for rows of any kind: where they are packed it would expect Transformer Engine's form."""
+        of_super = partial(super().get_query_key_value_tensors, hidden_states, key_value_states, position_ids)
+        if packed_seq_params is None:
+            return of_super(None, **kwargs)
+        with self.rotary_pos_emb.at(packed_seq_params):
+            return of_super(None, **kwargs)

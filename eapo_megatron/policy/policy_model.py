@@ -30,6 +30,7 @@ from torch import Tensor
 from eapo_megatron.config import Head, Model, Parallel
 from eapo_megatron.policy.block import block_spec
 from eapo_megatron.policy.runtime import Runtime
+from eapo_megatron.policy.segments import Segments
 from eapo_megatron.vocab_parallel import linear_kept_log_probs_and_entropy, linear_log_probs_and_entropy
 from eapo_megatron.vocab_parallel.linear_tiles import product
 from eapo_megatron.weights.families import family_of, padded_vocab_size
@@ -85,21 +86,28 @@ class PolicyChunk(GPTModel):
         head_positions: tuple[Tensor, Tensor] | None = None,
         targets: HeadTargets | None = None,
         inference_context: StaticInferenceContext | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """input_ids [b, s] -> hidden states [s, b, H]; on the last chunk log-probs and entropies of M chosen positions.
 
         They are float32 [2, M]; without `targets` the last chunk gives logits [M, V/TP] instead. `head_positions` are
         the positions' rows (in b) and columns (in s), each int64 [M]. Without `attention_mask` (bool, True where not
-        allowed) attention is causal.
+        allowed) attention is causal; with `segments` (b = 1) it is theirs.
         """
         decoder_input, rotary_pos_emb, *_ = self._preprocess(
-            input_ids=input_ids, position_ids=position_ids, inference_context=inference_context
+            input_ids=input_ids,
+            position_ids=position_ids,
+            inference_context=inference_context,
+            packed_seq_params=segments,
         )
+        if segments is not None and rotary_pos_emb is not None:  # latent attention has its own
+            rotary_pos_emb = segments.of_positions(rotary_pos_emb)
         hidden = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
             inference_context=inference_context,
             rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=segments,
         )
         if not self.post_process:
             return hidden

@@ -31,12 +31,12 @@ FOLDER = "reference"
 
 
 class Reference:
-    """A frozen policy that scores responses. Every rank calls it together."""
+    """A frozen policy, that of `worker`, which scores responses. Every rank calls it together."""
 
-    def __init__(self, policy: Policy, *, micro_batch_size: int, temperature: float, on_host: bool) -> None:
-        self.policy = policy
+    def __init__(self, worker: PolicyWorker, *, on_host: bool) -> None:
+        self.policy = worker.policy
         self.on_host = on_host
-        self._worker = PolicyWorker(policy, micro_batch_size=micro_batch_size, temperature=temperature)
+        self._worker = worker
         self._place(waiting=True)
 
     def log_probs(self, batch: Batch) -> Tensor:
@@ -74,12 +74,7 @@ def open_reference(
         if (problem := inspect(kept, runtime).problem) is not None:
             raise RecipeError(f"the reference policy is damaged: {problem}")
         load_policy_weights(kept, policy)
-    return Reference(
-        policy,
-        micro_batch_size=recipe.train.micro_batch_size,
-        temperature=recipe.rollout.temperature,
-        on_host=recipe.algorithm.reference_on_host,
-    )
+    return Reference(PolicyWorker.of_recipe(policy, recipe), on_host=recipe.algorithm.reference_on_host)
 
 
 def frozen_policy(hf_config: Mapping[str, Any], model: Model, parallel: Parallel, runtime: Runtime) -> Policy:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -16,8 +16,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from eapo_megatron.algorithms import Algorithm, LossInputs
+from eapo_megatron.config import Recipe
 from eapo_megatron.policy.batching import Batch, MicroBatch, TokenData, data_parallel_share, micro_batches
 from eapo_megatron.policy.optimizer import PolicyOptimizer
+from eapo_megatron.policy.packs import Budget, packed_micro_batches
 from eapo_megatron.policy.policy_model import HeadTargets, Policy
 from eapo_megatron.policy.routing_replay import RoutingReplay
 
@@ -33,17 +35,43 @@ class Update:
 
 
 class PolicyWorker:
-    """Runs the policy on batches. Log-probs and entropies are at `temperature` over the real vocabulary."""
+    """Runs the policy on batches. Log-probs and entropies are at `temperature` over the real vocabulary.
 
-    def __init__(self, policy: Policy, *, micro_batch_size: int, temperature: float) -> None:
+    Its micro-batches are of at most `micro_batch_size` responses: a row each, or packed in one row of at most
+    `micro_batch_tokens` (None: any number). Packed, responses without a gradient stay out of updates.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        micro_batch_size: int,
+        temperature: float,
+        packing: Literal["padded", "segments"] = "padded",
+        micro_batch_tokens: int | None = None,
+    ) -> None:
         self.policy = policy
         self.micro_batch_size = micro_batch_size
+        self.packing = packing
+        self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
         policy.config.finalize_model_grads_func = finalize_model_grads
         self.routes = (
             RoutingReplay(policy.chunks, sequence_parallel=policy.config.sequence_parallel)
             if policy.config.moe_enable_routing_replay
             else None
+        )
+
+    @classmethod
+    def of_recipe(cls, policy: Policy, recipe: Recipe) -> PolicyWorker:
+        """With the recipe's micro-batches and its sampling temperature."""
+        train = recipe.train
+        return cls(
+            policy,
+            micro_batch_size=train.micro_batch_size,
+            temperature=recipe.rollout.temperature,
+            packing=train.packing,
+            micro_batch_tokens=train.micro_batch_tokens,
         )
 
     def log_probs_and_entropies(self, batch: Batch, steps: Sequence[Sequence[int]] = ()) -> tuple[Tensor, Tensor]:
@@ -111,7 +139,10 @@ class PolicyWorker:
     def accumulate(
         self, batch: Batch, rows: Sequence[int], algorithm: Algorithm, tokens: TokenData
     ) -> dict[str, float]:
-        """Forward and backward over `rows`: global gradients in main_grad, global sums of the loss's metrics."""
+        """Forward and backward over `rows`: global gradients in main_grad, metrics of the loss over the tokens trained.
+
+        Those are all tokens, but for packs: see `trained_rows`.
+        """
 
         def loss(micro: MicroBatch, outputs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             if not micro.rows_in_batch.numel():
@@ -124,21 +155,40 @@ class PolicyWorker:
             return result.loss, _nothing(outputs).int(), result.metrics
 
         self.policy.zero_grad()
-        micros, entropy_grad = self._micro_batches(batch, rows), algorithm.needs.entropy_grad
+        trained = self.trained_rows(batch, rows, algorithm, tokens)
+        micros, entropy_grad = self._micro_batches(batch, trained), algorithm.needs.entropy_grad
         with self._replaying(batch, rows) as routed:
             outputs = self._run(micros, loss, forward_only=False, entropy_grad=entropy_grad)
         local: Counter[str] = Counter({f"routing/{name}": float(count) for name, count in routed.items()})
         if self.policy.runtime.reports_last_stage:
             for metrics in outputs:
                 local.update({name: float(value) for name, value in metrics.items()})
-        total: Counter[str] = Counter()
+        summed: Counter[str] = Counter()
         for part in self.policy.runtime.gather_objects(local):
-            total.update(part)
+            summed.update(part)
+        total: dict[str, float] = dict(summed)
+        total.setdefault("loss/policy", 0.0)  # where nothing is trained
+        routes_changed, routes = total.pop("routing/changed", 0.0), total.pop("routing/routed", 0.0)
         assert tokens.weights is not None
-        sums = algorithm.loss_settings.means(total, tokens.weights)
-        if "routing/routed" in sums:
-            sums["routing/changed_share"] = sums.pop("routing/changed") / sums.pop("routing/routed")
-        return sums
+        covered = None if len(trained) == len(rows) else batch.mask_of(trained)
+        means = algorithm.loss_settings.means(total, tokens.weights, covered)
+        if routes:
+            means["routing/changed_share"] = routes_changed / routes
+        if self.packing == "segments":
+            means["update/trained_share"] = int(batch.mask_of(trained).sum()) / max(int(batch.mask_of(rows).sum()), 1)
+        return means
+
+    def trained_rows(self, batch: Batch, rows: Sequence[int], algorithm: Algorithm, tokens: TokenData) -> Sequence[int]:
+        """Those of `rows` that an update's forward and backward take in: packed, the ones that have a gradient.
+
+        Under R2 all of them: the routes were recorded in micro-batches of all rows.
+        """
+        replays_recorded = self.routes is not None and batch.responses.routes is None
+        if self.packing == "padded" or replays_recorded:
+            return rows
+        assert tokens.advantages is not None
+        trained = algorithm.trained(tokens.advantages, batch.mask, tokens.selected).tolist()
+        return [row for row in rows if trained[row]]
 
     def _replaying(self, batch: Batch, rows: Sequence[int]) -> AbstractContextManager[dict[str, int]]:
         """In this context routers replay; it gives the counts of `RoutingReplay.replaying`."""
@@ -148,18 +198,27 @@ class PolicyWorker:
 
     def _micro_batches(self, batch: Batch, rows: Sequence[int]) -> list[MicroBatch]:
         runtime, config = self.policy.runtime, self.policy.config
-        share = data_parallel_share(batch, rows, runtime.data_parallel_rank, runtime.data_parallel_size)
         interleaved = config.virtual_pipeline_model_parallel_size is not None
+        shape = {
+            "length_multiple": config.tensor_model_parallel_size if config.sequence_parallel else 1,
+            "interleave": config.pipeline_model_parallel_size if interleaved else 0,
+        }
+        # Replicas that share experts exchange tokens in every forward: all need as many as the busiest one.
+        in_step = self.policy.experts_join_replicas
+        if self.packing == "segments":
+            return packed_micro_batches(
+                batch,
+                rows,
+                Budget(self.micro_batch_size, self.micro_batch_tokens),
+                replica=runtime.data_parallel_rank,
+                replicas=runtime.data_parallel_size,
+                in_step=in_step,
+                **shape,
+            )
+        share = data_parallel_share(batch, rows, runtime.data_parallel_rank, runtime.data_parallel_size)
         largest_share = -(-len(rows) // runtime.data_parallel_size)
-        return micro_batches(
-            batch,
-            share,
-            self.micro_batch_size,
-            # Replicas that share experts exchange tokens in every forward: all need as many as the busiest one.
-            at_least=-(-largest_share // self.micro_batch_size) if self.policy.experts_join_replicas else 1,
-            length_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
-            interleave=config.pipeline_model_parallel_size if interleaved else 0,
-        )
+        at_least = -(-largest_share // self.micro_batch_size) if in_step else 1
+        return micro_batches(batch, share, self.micro_batch_size, at_least=at_least, **shape)
 
     def _run(
         self, micros: list[MicroBatch], consume: Callable[..., Any], *, forward_only: bool, entropy_grad: bool = False
@@ -176,7 +235,13 @@ class PolicyWorker:
             if self.routes is not None:
                 self.routes.before(place, number, micro)
             targets = HeadTargets(micro.targets, self.temperature, entropy_grad, micro.kept)
-            output = chunk(micro.input_ids, micro.position_ids, head_positions=micro.head_positions, targets=targets)
+            output = chunk(
+                micro.input_ids,
+                micro.position_ids,
+                head_positions=micro.head_positions,
+                targets=targets,
+                segments=micro.segments,
+            )
             if self.routes is not None:
                 self.routes.after(place, number)
             return output, partial(consume, micro)
@@ -186,8 +251,8 @@ class PolicyWorker:
             data_iterator=[enumerate(micros) for _ in chunks],
             model=chunks,
             num_microbatches=len(micros),
+            micro_batch_size=micros[0].input_ids.shape[0],
             seq_length=micros[0].input_ids.shape[1],
-            micro_batch_size=self.micro_batch_size,
             forward_only=forward_only,
         )
 

@@ -50,7 +50,13 @@ def _of_sampler(batch: Batch, old_log_probs: Tensor, entropies: Tensor, correcti
 
 
 def mean_of_updates(updates: Sequence[Update]) -> dict[str, float]:
-    """Each metric's mean over the step's optimizer steps (each is one sample of the loss), and how many there were."""
-    names = updates[0].metrics if updates else ()
-    means = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in names}
+    """Each metric's mean over the step's optimizer steps (each is one sample of the loss), and how many there were.
+
+    A step in which nothing had a gradient lacks the metrics of trained tokens.
+    """
+    values: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.metrics.items():
+            values.setdefault(name, []).append(value)
+    means = {name: sum(of_steps) / len(of_steps) for name, of_steps in values.items()}
     return {**means, "updates": len(updates)}

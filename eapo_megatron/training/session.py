@@ -277,9 +277,7 @@ def open_run(
         _check_source(recipe.model, runtime)
         source = weight_source(recipe.model, ingredients.hf_config, recipe.seed)
     policy = open_policy(ingredients.hf_config, recipe.model, recipe.parallel, runtime, source)
-    worker = PolicyWorker(
-        policy, micro_batch_size=recipe.train.micro_batch_size, temperature=recipe.rollout.temperature
-    )
+    worker = PolicyWorker.of_recipe(policy, recipe)
     progress = Progress()
     with ExitStack() as stack:
         records = None

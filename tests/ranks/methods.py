@@ -37,7 +37,7 @@ def measured(
     load_weights(policy.modules, policy.hf_config, RandomWeights(MODELS[layout.model], seed=9))
     frozen = frozen_policy(policy.hf_config, model, parallel, policy.runtime)
     copy_weights(policy, frozen)
-    reference = Reference(frozen, on_host=True, **settings)  # type: ignore[arg-type]
+    reference = Reference(PolicyWorker(frozen, **settings), on_host=True)  # type: ignore[arg-type]
     same_weights = all(map(torch.equal, _weights(policy), _weights(frozen)))
     at_start, _ = worker.log_probs_and_entropies(batch)
     load_weights(policy.modules, policy.hf_config, HuggingFaceWeights(model.path))
