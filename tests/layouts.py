@@ -130,6 +130,7 @@ class Layout:
     optimizer: str = "sgd"
     dtype: str = "float32"
     recompute: str = "none"
+    packing: str = "padded"  # of REPLAYED
     head: str | None = None
     rollouts: bool = False
     methods: bool = False
@@ -254,6 +255,10 @@ REPLAYED: dict[str, Layout] = {
     "PP2, full recompute": Layout(2, PP2, model="qwen3_moe", micro_batch_size=1, recompute="full"),
     "PP2 VPP2, full recompute": Layout(2, PP2 | VPP2, model="qwen3_moe", micro_batch_size=1, recompute="full"),
     "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, model="qwen3_moe, bare", micro_batch_size=1),
+    "TP2 SP, packed": Layout(2, TP2 | SP, model="qwen3_moe", micro_batch_size=12, packing="segments"),
+    "PP2, full recompute, packed": Layout(
+        2, PP2, model="qwen3_moe", micro_batch_size=4, recompute="full", packing="segments"
+    ),
 }
 # With packed micro-batches: tests/policy/test_packed_layouts.py. A budget of 30 tokens splits groups.
 PACKED: dict[str, Layout] = {
@@ -285,6 +290,18 @@ PACKED |= {
         "EP2": Layout(2, EP2, micro_batch_size=12, micro_batch_tokens=30),
     }.items()
 }
+# Optimizer steps, and steps of which some or all responses have no gradient, are run where they may differ.
+PACKED_STEPS = (
+    "single",
+    "single, one pack",
+    "TP2 SP",
+    "PP2",
+    "DP2",
+    "DP2, Adam, distributed optimizer",
+    "EP2, qwen3_moe",
+)
+PACKED_SILENT = ("single", "TP2", "PP2 VPP2", "DP2", "EP2, qwen3_moe")
+SILENT_ROWS = (0, 2, 3, 5)  # of the training batch: those whose advantages are set to 0
 FLOAT32 = [name for name, layout in LAYOUTS.items() if layout.dtype == "float32"]
 
 # The optimizer steps: a group; one response alone (with DP2 a rank has none); an odd number over two groups.

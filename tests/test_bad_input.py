@@ -262,6 +262,9 @@ COMBINATIONS = [
     refused("model.head={backend: logits, grad_filter: 0.1}", says="model.head: grad_filter needs backend"),
     refused("model.head.backend=triton", says="model.head.backend triton needs a GPU"),
     refused("cluster.device=cuda", says="cluster.device cuda: PyTorch sees no GPU"),
+    refused(
+        "cluster.device=cuda", "train.packing=segments", says="train.packing segments has its attention for the CPU"
+    ),
     refused("cluster.device=cuda", says="cluster.device cuda: PyTorch sees no GPU", environment=RANKS),
     refused("model.head.backend=triton", says="model.head.backend triton needs a GPU", environment=RANKS),
     refused("cluster.num_nodes=2", says="cluster.num_nodes 2 needs srun or torchrun"),

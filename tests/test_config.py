@@ -81,6 +81,11 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
         ("algorithm.shaping.alpha=much", "algorithm.shaping.alpha must be a number, got 'much'"),
         ("algorithm.advantage_estimator=gae", "algorithm.advantage_estimator must be one of grpo, dr_grpo"),
         ("rollout.num_generations_per_prompt=1", "rollout.num_generations_per_prompt is 1: the group estimator grpo"),
+        ("train.micro_batch_tokens=100", "train: micro_batch_tokens needs packing segments"),
+        (
+            "train={packing: segments, micro_batch_tokens: 100}",
+            "train.micro_batch_tokens 100 is less than what the model reads of one response",
+        ),
         ("train.mini_batch_prompts=1000", "train.mini_batch_prompts 1000 exceeds train.num_prompts_per_step 64"),
         ("model.path=x", "model: give either path (a Hugging Face folder) or architecture"),
         ("data.train_path=x", "data: give either task (built in), train_path (a fi"),

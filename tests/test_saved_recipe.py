@@ -141,7 +141,13 @@ def test_what_defines_the_experiment(tmp_path: Path) -> None:
         return experiment(recipe_of(tmp_path, **sections))
 
     assert of() == of(
-        train={"steps": 7, "micro_batch_size": 2, "max_skipped_in_a_row": 1},
+        train={
+            "steps": 7,
+            "micro_batch_size": 2,
+            "packing": "segments",
+            "micro_batch_tokens": 99_999,
+            "max_skipped_in_a_row": 1,
+        },
         parallel={"tensor_model_parallel_size": 2},
         logging={"samples_per_step": 1},
         checkpoint={"every": 3},

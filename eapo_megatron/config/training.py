@@ -89,7 +89,7 @@ class Train(Section):
     micro_batch_size: int = Field(1, ge=1)
     """Responses in one forward and backward on one model replica; packed, at most so many."""
     packing: Literal["segments", "padded"] = "padded"
-    """A micro-batch's form: segments packs it in one row, a group's prompt once; padded has a row a response."""
+    """A micro-batch's form: segments packs it in one row, a group's prompt once; padded has a row for each response."""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Tokens that the model reads in one packed micro-batch, at most; null: any number. See docs/packing.md."""
     max_skipped_in_a_row: int = Field(3, ge=1)

@@ -63,8 +63,10 @@ class RotaryTable(torch.nn.Module):
     def at(self, segments: Segments) -> Iterator[None]:
         """Calls in this block give the table [T, 1, 1, d] at the positions of the segments."""
         self._segments = segments
-        yield
-        self._segments = None
+        try:
+            yield
+        finally:
+            self._segments = None
 
     def forward(self, length: int, **settings: Any) -> Tensor | tuple[Tensor, float]:
         """Megatron's table [length, 1, 1, d] of angles; YaRN's with the factor of its cosines and sines."""

@@ -20,6 +20,7 @@ from eapo_megatron.algorithms import (
     policy_loss,
     uniform_draws,
 )
+from eapo_megatron.algorithms.losses import LOSSES
 
 SEEDS = range(12)
 
@@ -111,6 +112,32 @@ def test_losses_match_their_formulas(name: str, seed: int) -> None:
     assert differing > 1  # from plain policy gradient: the options matter
     assert outputs.loss.item() == pytest.approx(loss, rel=1e-5, abs=1e-6)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kl_coef": 0.1}, {"entropy_coef": 0.1}], ids=["alone", "kl", "entropy"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_response_that_need_not_be_trained_has_no_loss_and_no_gradient(name: str, settings: dict[str, float]) -> None:
+    inputs = loss_inputs(random_batch(9, 6, 4), 4)
+    assert inputs.selected is not None
+    rows = torch.arange(9)[:, None]
+    inputs = replace(
+        inputs,
+        advantages=torch.where(rows < 6, 0.0, inputs.advantages),
+        selected=torch.where(rows < 3, 0.0, 1.0).expand(9, 6),
+    )
+    settings_of_loss = LossSettings(name, **settings)
+    trained = settings_of_loss.trained(inputs.advantages, inputs.mask, inputs.selected)
+    has_tokens = inputs.mask.any(dim=1)
+    if name == "negative_log_likelihood" or settings:
+        assert trained.all()
+        return
+    assert torch.equal(trained, (rows[:, 0] >= 3) & has_tokens)
+    untouched = settings_of_loss.trained(inputs.advantages, inputs.mask, None)
+    assert torch.equal(untouched, (rows[:, 0] >= 6) & has_tokens)
+    (gradient,) = torch.autograd.grad(policy_loss(inputs, settings_of_loss).loss, inputs.log_probs)
+    assert not gradient[~trained].any()
+    unknown = torch.where(rows == 0, torch.nan, inputs.advantages)
+    assert settings_of_loss.trained(unknown, inputs.mask, None)[0] == has_tokens[0]
 
 
 def test_the_gradient_of_gspo_is_that_of_its_sequence_form() -> None:

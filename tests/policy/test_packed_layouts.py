@@ -12,12 +12,11 @@ from torch import Tensor
 from eapo_megatron.policy.batching import Batch
 from hf_reference import cost_of_float32, reference_of
 from launch import result_of, run_cases
-from layouts import PACKED, ragged_batch, training_batch
+from layouts import PACKED, PACKED_SILENT, PACKED_STEPS, SILENT_ROWS, ragged_batch, training_batch
 
 SCRIPT = Path(__file__).parents[1] / "ranks" / "packed_layouts.py"
 SHARE = 1e-5  # of a tensor's largest element
 MARGIN = 8  # as of tests/policy/test_gradients.py
-SILENT = (0, 2, 3, 5)  # as of the script
 Packed = Callable[[str], dict[str, Any]]
 
 pytestmark = pytest.mark.slow
@@ -71,18 +70,18 @@ def test_gradients_are_those_of_transformers(name: str, packed: Packed) -> None:
         assert_all_near(results["gradients"], exact, share=MARGIN * cost_of_float32(model))
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", PACKED_STEPS)
 def test_weights_after_steps_are_those_of_padded_rows(name: str, packed: Packed) -> None:
     results = packed(name)
     for ours, padded in zip(results["segments"]["steps"], results["padded"]["steps"], strict=True):
         assert_all_near(ours, padded)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", PACKED_SILENT)
 def test_responses_without_a_gradient_cost_none(name: str, packed: Packed) -> None:
     ours, padded = packed(name)["segments"], packed(name)["padded"]
     lengths = training_batch().responses.lengths
-    share = 1 - float(lengths[list(SILENT)].sum() / lengths.sum())
+    share = 1 - float(lengths[list(SILENT_ROWS)].sum() / lengths.sum())
     some, with_entropy, none = (ours["silent"][case] for case in ("some", "some, with entropy", "all"))
     assert_all_near(some["gradients"], padded["silent"]["some"]["gradients"])
     assert_all_near(with_entropy["gradients"], padded["silent"]["some, with entropy"]["gradients"])

@@ -32,13 +32,15 @@ from layouts import (
     MINI_BATCHES,
     OPTIMIZERS,
     PACKED,
+    PACKED_SILENT,
+    PACKED_STEPS,
+    SILENT_ROWS,
     TEMPERATURE,
     old_policy_offsets,
     ragged_batch,
     training_batch,
 )
 
-SILENT = (0, 2, 3, 5)  # rows of the training batch whose advantages are set to 0
 FORMS = ("padded", "segments")
 WITH_ENTROPY = {"loss": {"entropy_coef": 0.01}}
 
@@ -63,12 +65,14 @@ def measure(name: str, models: Path) -> tuple[Runtime, dict[str, Any]]:
         results[form] = {
             "gradients": gradients(worker, batch, inputs),
             "ragged": gradients(worker, ragged, inputs_of(worker, ragged), WITH_ENTROPY),
-            "silent": silent(worker, batch, inputs),
         }
+        if name in PACKED_SILENT:
+            results[form]["silent"] = silent(worker, batch, inputs)
         if layout.head == "logits":
             results[form]["kept"] = gradients(worker, with_every_token_kept(batch), inputs)
-        settings = Optimizer(lr_decay_style="linear", lr_decay_steps=DECAY_STEPS, **OPTIMIZERS[layout.optimizer])
-        results[form]["steps"] = steps(worker, batch, inputs, settings)
+        if name in PACKED_STEPS:
+            settings = Optimizer(lr_decay_style="linear", lr_decay_steps=DECAY_STEPS, **OPTIMIZERS[layout.optimizer])
+            results[form]["steps"] = steps(worker, batch, inputs, settings)
     return runtime, results
 
 
@@ -104,7 +108,7 @@ def gradients(
 def silent(worker: PolicyWorker, batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """A step in which some rows have no advantage, and one in which all have none."""
     some = inputs["advantages"].clone()
-    some[list(SILENT)] = 0.0
+    some[list(SILENT_ROWS)] = 0.0
     return {
         "some": gradients(worker, batch, inputs | {"advantages": some}),
         "some, with entropy": gradients(worker, batch, inputs | {"advantages": some}, WITH_ENTROPY),

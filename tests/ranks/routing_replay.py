@@ -52,7 +52,9 @@ def measure(name: str, models: Path, replay: str) -> tuple[Runtime, dict[str, An
     policy = build_policy(source.hf_config, model, parallel, runtime)
     load_weights(policy.modules, policy.hf_config, source)
     batch = training_batch()
-    worker = PolicyWorker(policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE)
+    worker = PolicyWorker(
+        policy, micro_batch_size=layout.micro_batch_size, temperature=TEMPERATURE, packing=layout.packing
+    )
     log_probs, entropies = worker.log_probs_and_entropies(batch, [rows for rows, _ in MINI_BATCHES])
     advantages = group_advantages(batch.rewards, batch.group_ids)[:, None].expand(batch.mask.shape)
     inputs = {

@@ -44,3 +44,5 @@ def test_updates_are_averaged_and_there_may_be_none() -> None:
     updates = [Update(applied=True, metrics={"loss/policy": value}) for value in (1.0, 2.0)]
     assert mean_of_updates(updates) == {"loss/policy": 1.5, "updates": 2}
     assert mean_of_updates([]) == {"updates": 0}
+    with_ratio = Update(applied=True, metrics={"loss/policy": 3.0, "ratio/mean": 1.5})
+    assert mean_of_updates([updates[0], with_ratio]) == {"loss/policy": 2.0, "ratio/mean": 1.5, "updates": 2}
