@@ -255,10 +255,10 @@ REPLAYED: dict[str, Layout] = {
     "PP2, full recompute": Layout(2, PP2, model="qwen3_moe", micro_batch_size=1, recompute="full"),
     "PP2 VPP2, full recompute": Layout(2, PP2 | VPP2, model="qwen3_moe", micro_batch_size=1, recompute="full"),
     "TP2 SP PP2 VPP2": Layout(4, TP2 | SP | PP2 | VPP2, model="qwen3_moe, bare", micro_batch_size=1),
-    "TP2 SP, packed": Layout(2, TP2 | SP, model="qwen3_moe", micro_batch_size=12, packing="segments"),
-    "PP2, full recompute, packed": Layout(
-        2, PP2, model="qwen3_moe", micro_batch_size=4, recompute="full", packing="segments"
+    "single, full recompute, packed": Layout(
+        1, model="qwen3_moe", micro_batch_size=4, recompute="full", packing="segments"
     ),
+    "TP2 SP, packed": Layout(2, TP2 | SP, model="qwen3_moe", micro_batch_size=12, packing="segments"),
 }
 # With packed micro-batches: tests/policy/test_packed_layouts.py. A budget of 30 tokens splits groups.
 PACKED: dict[str, Layout] = {
