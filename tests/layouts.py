@@ -260,34 +260,34 @@ REPLAYED: dict[str, Layout] = {
     ),
     "TP2 SP, packed": Layout(2, TP2 | SP, model="qwen3_moe", micro_batch_size=12, packing="segments"),
 }
-# With packed micro-batches: tests/policy/test_packed_layouts.py. A budget of 30 tokens splits groups.
+# With packed micro-batches: tests/policy/test_packed_layouts.py. A budget of 14 tokens splits groups.
 PACKED: dict[str, Layout] = {
-    "single": Layout(1, micro_batch_size=12, micro_batch_tokens=30),
+    "single": Layout(1, micro_batch_size=12, micro_batch_tokens=14),
     "single, one pack": Layout(1, micro_batch_size=12, optimizer="adam"),
     "single, alone": Layout(1, micro_batch_size=1, recompute="full"),
     "single, selective recompute": Layout(1, micro_batch_size=5, recompute="selective"),
-    "single, logits": Layout(1, micro_batch_size=12, micro_batch_tokens=30, head="logits"),
-    "TP2": Layout(2, TP2, micro_batch_size=12, micro_batch_tokens=30),
-    "TP2 SP": Layout(2, TP2 | SP, micro_batch_tokens=30, recompute="selective"),
+    "single, logits": Layout(1, micro_batch_size=12, micro_batch_tokens=14, head="logits"),
+    "TP2": Layout(2, TP2, micro_batch_size=12, micro_batch_tokens=14),
+    "TP2 SP": Layout(2, TP2 | SP, micro_batch_tokens=14, recompute="selective"),
     "TP2 SP, full recompute": Layout(2, TP2 | SP, micro_batch_size=12, recompute="full"),
-    "PP2": Layout(2, PP2, micro_batch_size=12, micro_batch_tokens=30),
+    "PP2": Layout(2, PP2, micro_batch_size=12, micro_batch_tokens=14),
     "PP2, full recompute": Layout(2, PP2, micro_batch_size=3, recompute="full"),
-    "PP2 VPP2": Layout(2, PP2 | VPP2, micro_batch_size=12, micro_batch_tokens=30),
+    "PP2 VPP2": Layout(2, PP2 | VPP2, micro_batch_size=12, micro_batch_tokens=14),
     "PP2 VPP2, full recompute": Layout(2, PP2 | VPP2, micro_batch_size=2, recompute="full"),
-    "DP2": Layout(2, micro_batch_size=12, micro_batch_tokens=30),
+    "DP2": Layout(2, micro_batch_size=12, micro_batch_tokens=14),
     "DP2, Adam, distributed optimizer": Layout(2, SHARDED, micro_batch_size=12, optimizer="adam"),
 }
 PACKED |= {
-    f"single, {model}": Layout(1, model=model, micro_batch_size=12, micro_batch_tokens=30)
+    f"single, {model}": Layout(1, model=model, micro_batch_size=12, micro_batch_tokens=14)
     for model in (*DENSE_FAMILIES, "yarn", *MIXTURES, "moonlight")
 }
 PACKED |= {
     f"{name}, {model}": replace(layout, model=model)
     for model in ("qwen3_moe", "deepseek_v3")
     for name, layout in {
-        "TP2 SP": Layout(2, TP2 | SP, micro_batch_size=12, micro_batch_tokens=30, recompute="full"),
+        "TP2 SP": Layout(2, TP2 | SP, micro_batch_size=12, micro_batch_tokens=14, recompute="full"),
         "PP2": Layout(2, PP2, micro_batch_size=3, recompute="full"),
-        "EP2": Layout(2, EP2, micro_batch_size=12, micro_batch_tokens=30),
+        "EP2": Layout(2, EP2, micro_batch_size=12, micro_batch_tokens=14),
     }.items()
 }
 # Optimizer steps, and steps of which some or all responses have no gradient, are run where they may differ.
