@@ -48,7 +48,7 @@ def keep_apart(launcher: psutil.Process) -> None:
     """Every thread of the server on one core, all others on the other one."""
     with suppress(psutil.NoSuchProcess):
         family = launcher.children(recursive=True)
-        servers = [process for process in family if "vllm.entrypoints.openai.api_server" in process.cmdline()]
+        servers = [process for process in family if "vllm.entrypoints.launchers.api_server.entry" in process.cmdline()]
         of_servers = {part.pid for server in servers for part in (server, *server.children(recursive=True))}
         for process in (launcher, *family):
             core = ENGINE if process.pid in of_servers else TRAINER
