@@ -1,6 +1,6 @@
 """The arithmetic run with each way of sampling, several seeds: do they learn alike?
 
-    python -m benchmarks.engines [--seeds 1 2 3] [--steps 60] [--runs FOLDER] [key.path=value ...]
+    python -m benchmarks.engines [--seeds 1 2 3] [--steps 40] [--runs FOLDER] [key.path=value ...]
 
 embedded: the training policy decodes; vllm: a server of vLLM's CPU build; ahead: that server, four updates ahead of
 training at most, corrected by truncated importance sampling (tis). All three start from the same warm-started weights
@@ -52,7 +52,7 @@ def run(way: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--runs", type=Path, default=Path("runs/engines"))
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
