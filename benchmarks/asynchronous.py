@@ -2,9 +2,10 @@
 
     python -m benchmarks.asynchronous [--steps 20] [--staleness 1 2] [--runs FOLDER] [key.path=value ...]
 
-The recipe of the arithmetic run with vLLM, on one rank. Synchronously the phases follow one another, so each is timed
-alone: rollouts (sampling and verifying, on the engine's core but for the requests) and training (all else). Needs the
-environment of `make test-vllm`, Linux and two cores. The first two steps of each run are left out.
+The recipe of the arithmetic run with vLLM, on one rank, 64 prompts a step. Synchronously the phases follow one
+another, so each is timed alone: rollouts (sampling and verifying, on the engine's core but for the requests) and
+training (all else). Needs the environment of `make test-vllm`, Linux and two cores. The first two steps of each run are
+left out.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def keep_apart(launcher: psutil.Process) -> None:
     """Every thread of the server on one core, all others on the other one."""
     with suppress(psutil.NoSuchProcess):
         family = launcher.children(recursive=True)
-        servers = [process for process in family if "vllm.entrypoints.openai.api_server" in process.cmdline()]
+        servers = [process for process in family if "vllm.entrypoints.launchers.api_server.entry" in process.cmdline()]
         of_servers = {part.pid for server in servers for part in (server, *server.children(recursive=True))}
         for process in (launcher, *family):
             core = ENGINE if process.pid in of_servers else TRAINER
@@ -80,6 +81,8 @@ def main() -> None:
         "cluster.gpus_per_node=1",
         "parallel.tensor_model_parallel_size=1",
         f"train.steps={options.steps + SKIPPED}",
+        "train.num_prompts_per_step=64",
+        "train.mini_batch_prompts=32",
         "evaluation.every=0",
         "rollout.verify_weights=false",
         *options.overrides,

@@ -1,6 +1,7 @@
 """Samples a second of the rollout engines and of transformers' generate: same model, prompts, lengths and one core.
 
     make benchmark-vllm      (python -m benchmarks.rollouts [--prompts 64], in vLLM's environment)
+    python -m benchmarks.rollouts --engine vllm      # one alone, as JSON with what each process takes of the core
 
 A random Qwen2 of 4 layers and width 256 in float32 draws 8 responses of 64 tokens to each prompt, none of which stops
 early, from the full softmax and from the nucleus at top_p 0.95, with at most 256 responses in a batch. Each engine is a
@@ -128,12 +129,13 @@ def _transformers() -> Callable[[list[list[int]], float], int]:
 
 
 def work(engine: str, count: int, repeats: int) -> None:
-    """In a process of its own: prints JSON of samples a second by prompt length and top_p."""
+    """In a process of its own: prints JSON of samples a second by prompt length and top_p, and processor seconds."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import torch
 
     torch.set_num_threads(1)
     best: dict[str, float] = {}
+    spent: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         generate, close = generator(engine, folder)
         generate(prompts_of(2, 8), 0.95)
@@ -141,21 +143,37 @@ def work(engine: str, count: int, repeats: int) -> None:
             for length in LENGTHS:
                 for top_p in TOP_P:
                     prompts = prompts_of(count, length)
-                    start = time.perf_counter()
+                    key = f"prompt {length}, top_p {top_p:g}"
+                    before, start = processor_seconds(), time.perf_counter()
                     tokens = generate(prompts, top_p)
                     seconds = time.perf_counter() - start
+                    spent[key] = {name: taken - before[name] for name, taken in processor_seconds().items()}
                     assert tokens == count * GROUP * RESPONSE_TOKENS
-                    key = f"prompt {length}, top_p {top_p:g}"
                     best[key] = max(best.get(key, 0.0), count * GROUP / seconds)
         close()
-    print(json.dumps(best))
+    print(json.dumps({"samples_a_second": best, "processor_seconds": spent}))
+
+
+def processor_seconds() -> dict[str, float]:
+    """Of this process and of those that it started, by what they do."""
+    import psutil
+
+    seconds: dict[str, float] = {}
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        command = " ".join(process.cmdline())
+        known = {"EngineCore": "scheduler", "Worker": "model", "api_server": "HTTP server"}
+        name = "client" if process == own else next((known[part] for part in known if part in command), "other")
+        times = process.cpu_times()
+        seconds[name] = seconds.get(name, 0.0) + times.user + times.system
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64, help="each with 8 responses")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--engine", choices=ENGINES, help="this one alone; prints JSON and writes nothing")
     options = parser.parse_args()
     if options.engine:
         work(options.engine, options.prompts, options.repeats)
@@ -168,7 +186,7 @@ def main() -> None:
         command += ["--prompts", str(options.prompts), "--repeats", str(options.repeats)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        rows[engine] = json.loads(done.stdout.splitlines()[-1])
+        rows[engine] = json.loads(done.stdout.splitlines()[-1])["samples_a_second"]
     table = Table(title=f"samples a second, {options.prompts} prompts x {GROUP}, {RESPONSE_TOKENS} tokens, one core")
     table.add_column("")
     for column in rows["embedded"]:

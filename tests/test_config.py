@@ -165,7 +165,7 @@ def test_an_option_that_is_set_to_its_default_is_the_same_experiment(recipe: Pat
 def test_the_section_becomes_an_algorithm_with_its_options(recipe: Path) -> None:
     overrides = ["loss.eps_low=0.1", "loss.entropy_coef=0.01", "shaping.alpha=0.3", "dynamic_sampling_rounds=3"]
     algorithm = load_recipe(recipe, [f"algorithm.{override}" for override in overrides]).make_algorithm()
-    assert algorithm.loss_settings.options == {"eps_low": 0.1, "eps_high": 0.28}
+    assert algorithm.loss_settings.options == {"eps_low": 0.1, "eps_high": 0.28, "dual_clip": 0.0}
     assert algorithm.loss_settings.entropy_coef == 0.01
     assert algorithm.shaping_options["alpha"] == 0.3
 

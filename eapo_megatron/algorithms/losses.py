@@ -68,17 +68,28 @@ def is_scaled_by_advantages(loss: Callable[..., TokenLoss]) -> bool:
 
 
 @scaled_by_advantages
-def clipped_surrogate(inputs: LossInputs, *, eps_low: float = 0.2, eps_high: float = 0.28) -> TokenLoss:
+def clipped_surrogate(
+    inputs: LossInputs, *, eps_low: float = 0.2, eps_high: float = 0.28, dual_clip: float = 0.0
+) -> TokenLoss:
     """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = pi / pi_old (EAPO, arXiv 2604.11056, Eq. 2).
 
     eps_high > eps_low is DAPO's clip-higher (arXiv 2503.14476); GRPO (arXiv 2402.03300) has both at 0.2.
-    Metrics: where clipping takes the gradient away ("clip_fraction/low", "clip_fraction/high"), the ratio, and the k3
-    estimate of KL(pi_old || pi) in nats.
+    dual_clip: c > 1 bounds the loss where A < 0 by -c A (dual clip, arXiv 1912.09729, Eq. 5); 0: no bound.
+    Metrics: where clipping takes the gradient away ("clip_fraction/low", "clip_fraction/high", with dual_clip
+    "clip_fraction/dual"), the ratio, and the k3 estimate of KL(pi_old || pi) in nats.
     """
     if not 0 < eps_low < 1:
         raise ValueError(f"eps_low must be in (0, 1), got {eps_low}")
     _check_eps_high(eps_high)
-    return _clipped(inputs, _ratios(inputs), 1 - eps_low, 1 + eps_high)
+    if dual_clip != 0 and not 1 < dual_clip < math.inf:
+        raise ValueError(f"dual_clip must be above 1 and finite, or 0 for none, got {dual_clip}")
+    ratio = _ratios(inputs)
+    token_loss, metrics = _clipped(inputs, ratio, 1 - eps_low, 1 + eps_high)
+    if dual_clip:
+        negative = inputs.advantages < 0
+        token_loss = torch.where(negative, torch.minimum(token_loss, -dual_clip * inputs.advantages), token_loss)
+        metrics["clip_fraction/dual"] = (ratio > dual_clip) & negative
+    return token_loss, metrics
 
 
 @scaled_by_advantages

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -80,9 +80,16 @@ class AsynchronousEngine(RolloutEngine, Protocol):
     """An engine that samples beside training, in processes of its own."""
 
     def sample_here(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_sent: Callable[[], object],
     ) -> Responses:
         """`generate` for a replica's leader alone, from any thread: no other rank takes part.
+
+        It calls `on_sent` when no response is left that waits for its place in the engine's batch.
 
         Raises:
             EngineLostError: when nothing is left that could answer, or after `drop_requests`.

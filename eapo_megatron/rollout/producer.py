@@ -1,18 +1,20 @@
 """Where the rollouts of a step come from: sampled when they are asked for, or ahead of it while the policy trains.
 
 Prompts are drawn in the order of training in rounds of `train.num_prompts_per_step`, and rounds are used in that order,
-so a position says all of what was used. With `rollout.max_staleness` n up to n rounds are sampled ahead. Every step
-uses one round at least, so none is used more than n weight updates after it was begun.
+so a position says all of what was used. With `rollout.max_staleness` n up to n rounds after the one that is asked for
+are sampled ahead. Every step uses one round at least, so none is used more than n weight updates after it was begun.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Event, Lock
 from typing import Protocol, cast
 
 import torch
@@ -28,12 +30,11 @@ from eapo_megatron.rollout.rollouts import Draw, Rollouts, Sampler, training_dra
 class Producer(Protocol):
     """Gives rounds of rollouts; every rank calls it together."""
 
-    def round(self, position: int) -> Rollouts:
-        """The round that begins with prompt `position` of the order of training."""
-        ...
+    def round(self, position: int, *, ahead: int) -> Rollouts:
+        """The round that begins with prompt `position` of the order of training.
 
-    def sample_ahead(self, position: int, rounds: int) -> None:
-        """Lets up to `rounds` rounds, from `position` on, be sampled while the policy trains."""
+        Up to `ahead` rounds after it may be begun meanwhile, to be sampled while the policy trains.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -52,11 +53,9 @@ class Synchronous:
         self._sampler = sampler
         self._draw = draw
 
-    def round(self, position: int) -> Rollouts:
-        return self._sampler.sample(self._draw(position))
-
-    def sample_ahead(self, position: int, rounds: int) -> None:
+    def round(self, position: int, *, ahead: int) -> Rollouts:
         """Nothing is sampled ahead."""
+        return self._sampler.sample(self._draw(position))
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -74,7 +73,11 @@ class _Begun:
 
 
 class Asynchronous:
-    """Samples rounds ahead, one after the other, in a thread of each replica's leader."""
+    """Samples rounds ahead, in threads of each replica's leader.
+
+    A round is begun when all requests of the one before are sent: its own fill the places that become free, so that
+    the engine's batch stays full.
+    """
 
     def __init__(
         self, engine: AsynchronousEngine, sampler: Sampler, draw: Callable[[int], Draw], *, max_staleness: int
@@ -84,17 +87,22 @@ class Asynchronous:
         self._draw = draw
         self._max_staleness = max_staleness
         self._leads = sampler.runtime.is_replica_leader
-        # One thread for the whole run: the verifier's workers end with the thread that started them.
-        self._thread = ThreadPoolExecutor(max_workers=1) if self._leads else None
+        # The same threads for the whole run: the verifier's workers end with the thread that started them.
+        self._threads = ThreadPoolExecutor(max_workers=2) if self._leads else None
         self._begun: deque[_Begun] = deque()
-        self._busy = 0.0  # seconds of sampling, of rounds that are done
-        self._sampling_since: float | None = None
+        self._all_sent = Event()  # the requests of the round that was begun last
+        self._all_sent.set()
+        self._lock = Lock()
+        self._under_way = 0  # rounds that are being sampled
+        self._sampling_since = 0.0  # if any is
+        self._busy = 0.0  # seconds of sampling until then
         self._waited = 0.0  # seconds that training waited for it
         self._since = time.perf_counter()
 
-    def round(self, position: int) -> Rollouts:
-        if not self._begun:
-            self._begin(position)
+    def round(self, position: int, *, ahead: int) -> Rollouts:
+        size = self._draw(position).size
+        for place in range(len(self._begun), 1 + min(ahead, self._max_staleness)):
+            self._begun.append(self._submitted(position + place * size))
         begun = self._begun.popleft()
         if begun.position != position:
             raise AssertionError(f"round {begun.position} was sampled ahead, {position} is asked for")
@@ -115,42 +123,54 @@ class Asynchronous:
             verdicts = torch.zeros(len(responses) + 1, dtype=torch.float64)
         return self._sampler.together(self._draw(position), responses, verdicts)
 
-    def sample_ahead(self, position: int, rounds: int) -> None:
-        per_round = self._draw(position).size
-        for ahead in range(len(self._begun), min(rounds, self._max_staleness)):
-            self._begin(position + ahead * per_round)
-
     def metrics(self) -> dict[str, float]:
         """`idle/trainer` and `idle/engine`: shares of the time since the last call, means over replicas."""
         now = time.perf_counter()
-        busy = self._busy + (0.0 if self._sampling_since is None else now - max(self._sampling_since, self._since))
+        with self._lock:
+            busy = self._busy + (now - max(self._sampling_since, self._since) if self._under_way else 0.0)
         measured = (self._waited, busy) if self._leads else None
         leaders = [pair for pair in self._sampler.runtime.gather_objects(measured) if pair is not None]
         elapsed = now - self._since
         mean_waited, mean_busy = (sum(seconds) / len(leaders) for seconds in zip(*leaders, strict=True))
-        self._waited, self._busy, self._since = 0.0, 0.0, now
+        with self._lock:
+            self._waited, self._busy, self._since = 0.0, 0.0, now
         return {"idle/trainer": mean_waited / elapsed, "idle/engine": max(1 - mean_busy / elapsed, 0.0)}
 
     def close(self) -> None:
-        if self._thread is not None:
+        if self._threads is not None:
             self._engine.drop_requests()
-            self._thread.shutdown(cancel_futures=True)
-
-    def _begin(self, position: int) -> None:
-        self._begun.append(self._submitted(position))
+            self._threads.shutdown(cancel_futures=True)
 
     def _submitted(self, position: int) -> _Begun:
-        return _Begun(position, self._thread.submit(self._sample, position) if self._thread is not None else None)
+        if self._threads is None:
+            return _Begun(position, None)
+        before, self._all_sent = self._all_sent, Event()
+        return _Begun(position, self._threads.submit(self._sample, position, before, self._all_sent))
 
-    def _sample(self, position: int) -> tuple[Responses, Tensor]:
-        self._sampling_since = time.perf_counter()
+    def _sample(self, position: int, before: Event, all_sent: Event) -> tuple[Responses, Tensor]:
+        before.wait()
         try:
             own = self._draw(position).of_replica(self._sampler.runtime)
-            responses = self._engine.sample_here(own.token_ids, own.seeds, own.sampling)
-            return responses, self._sampler.verdicts(own, responses)
+            with self._sampling():
+                responses = self._engine.sample_here(own.token_ids, own.seeds, own.sampling, on_sent=all_sent.set)
+                return responses, self._sampler.verdicts(own, responses)
         finally:
-            self._busy += time.perf_counter() - max(self._sampling_since, self._since)
-            self._sampling_since = None
+            all_sent.set()
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """Counts the time in which at least one round is being sampled."""
+        with self._lock:
+            self._under_way += 1
+            if self._under_way == 1:
+                self._sampling_since = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                if self._under_way == 0:
+                    self._busy += time.perf_counter() - max(self._sampling_since, self._since)
 
     def _part(self, begun: _Begun) -> tuple[Responses, Tensor] | None:
         """This leader's part, once it is there; None: no leader, or its engine was lost before it was complete."""

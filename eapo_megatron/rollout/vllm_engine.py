@@ -136,18 +136,24 @@ class VLLMEngine:
         return Responses.from_leader(own, self.policy.runtime.from_replica_leader)
 
     def sample_here(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_sent: Callable[[], object],
     ) -> Responses:
         """`generate` for the leader alone, from any thread: no other rank takes part.
 
-        Requests wait while weights are sent, and then do what `rollout.requests_in_flight` says.
+        It calls `on_sent` when all requests are sent. They wait while weights come, and then do what
+        `rollout.requests_in_flight` says.
 
         Raises:
             ServerLostError: when this leader's servers are all lost; the next `update_weights` starts them again.
         """
         requests = _requests(prompts, seeds, sampling)
         answers: list[Answer | None] = [None] * len(requests)
-        self._answer(requests, answers)
+        self._answer(requests, answers, on_sent)
         done = [answer for answer in answers if answer is not None]
         if len(done) < len(requests):
             raise ServerLostError("; ".join(self._lost.values()) or "requests are dropped")
@@ -189,7 +195,12 @@ class VLLMEngine:
         for server in self._own.values():
             server.end()
 
-    def _answer(self, requests: Sequence[Request], answers: list[Answer | None]) -> None:
+    def _answer(
+        self,
+        requests: Sequence[Request],
+        answers: list[Answer | None],
+        on_sent: Callable[[], object] = lambda: None,
+    ) -> None:
         """Fills in the answers that are still missing, each from whichever server is free, while one is left."""
         while True:
             waiting = deque(index for index, answer in enumerate(answers) if answer is None)
@@ -199,13 +210,20 @@ class VLLMEngine:
             each = min(self._recipe.rollout.max_batch_size, len(waiting))
             with ThreadPoolExecutor(max_workers=each * len(alive)) as pool:
                 work = [
-                    pool.submit(self._work, server, requests, answers, waiting) for server in alive for _ in range(each)
+                    pool.submit(self._work, server, requests, answers, waiting, on_sent)
+                    for server in alive
+                    for _ in range(each)
                 ]
             for done in work:
                 done.result()
 
     def _work(
-        self, server: int, requests: Sequence[Request], answers: list[Answer | None], waiting: deque[int]
+        self,
+        server: int,
+        requests: Sequence[Request],
+        answers: list[Answer | None],
+        waiting: deque[int],
+        on_sent: Callable[[], object],
     ) -> None:
         """One request after the other, until none waits or the server is lost."""
         client = self._clients[server]
@@ -214,6 +232,8 @@ class VLLMEngine:
                 index = waiting.popleft()
             except IndexError:
                 return
+            if not waiting:
+                on_sent()
             try:
                 answers[index] = client.generate(requests[index])
             except ServerLostError as error:

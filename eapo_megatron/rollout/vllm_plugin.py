@@ -3,12 +3,13 @@
 It acts only in servers started by `vllm_server`, which set PARENT in their environment. There it
 
 - ends every process of a server with the process that started it;
+- forks a server's other processes on CPU too, as vLLM does on a GPU, where each would import everything again;
 - registers the receiving half of the weight transfer (`vllm_receive`);
 - returns log-probs of the full softmax at the sampling temperature, whatever top-p and top-k;
 - makes a weight update complete or refused (`check_complete`), and right on CPU (`mend_before`, `mend_after`).
 
-The last two replace attributes of vLLM 0.32. An update through any of vLLM's backends passes through them. An update
-that fails ends the server, as every failure of a worker does: it never serves weights of two versions.
+They replace attributes of vLLM 0.32. An update through any of vLLM's backends passes through them. An update that
+fails ends the server, as every failure of a worker does: it never serves weights of two versions.
 """
 
 from __future__ import annotations
@@ -35,14 +36,21 @@ class IncompleteWeightsError(RuntimeError):
 
 
 def register() -> None:
-    """Called by vLLM once or more in each of its processes."""
+    """Called by vLLM once or more in each process that it does not fork."""
     global _registered_in
-    if PARENT not in os.environ or _registered_in == os.getpid():
+    if PARENT not in os.environ or _registered_in:
         return
-    patched, _registered_in = bool(_registered_in), os.getpid()
+    _registered_in = os.getpid()
     end_with_server()
-    if not patched:  # a forked process has its parent's
-        _patch()
+    os.register_at_fork(after_in_child=_end_with_forker)
+    _patch()
+
+
+def _end_with_forker() -> None:
+    """In a process that was forked: it has all that was registered but the end with its parent."""
+    global _registered_in
+    end_with_parent(_registered_in)
+    _registered_in = os.getpid()
 
 
 def end_with_server() -> None:
@@ -57,15 +65,29 @@ def end_with_server() -> None:
 def _patch() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader import reload
+    from vllm.platforms import current_platform
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker.gpu_worker import Worker
 
+    if current_platform.is_cpu():
+        current_platform.check_and_update_config = _forking(current_platform.check_and_update_config)
     for backend, receiver in BACKENDS.items():
         WeightTransferEngineFactory.register_engine(backend, "eapo_megatron.rollout.vllm_receive", receiver)
     Sampler.sample = with_full_log_probs(Sampler.sample)
     Worker._start_weight_update = _afresh(Worker._start_weight_update)
     reload.initialize_layerwise_reload = _before(reload.initialize_layerwise_reload)
     reload.finalize_layerwise_reload = _after(reload.finalize_layerwise_reload)
+
+
+def _forking(check: Any) -> Any:
+    """vLLM spawns on CPU in order to bind the threads of OpenMP, which `vllm_server` leaves unbound."""
+
+    @functools.wraps(check)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        check(*args, **kwargs)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    return checked
 
 
 def with_full_log_probs(sample: Any) -> Any:

@@ -66,7 +66,7 @@ def server_command(recipe: Recipe, folder: Path, *, host: str, port: int, on_gpu
     if kv_cache_gib is not None:
         options["kv-cache-memory-bytes"] = int(kv_cache_gib * GIB)
     named = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     return [*command, *named, *(f"--{switch}" for switch in switches)]
 
 

@@ -26,6 +26,7 @@ Departures from textbook GRPO (arXiv 2402.03300), most of them by setting:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,8 +73,8 @@ def train_step(run: Run) -> dict[str, float]:
     """One rollout batch and its optimizer steps -> metrics."""
     recipe = run.recipe
     with run.timer("rollout"):
-        collected = collect(run.producer.round, recipe, run.progress.position)
-        run.producer.sample_ahead(collected.position, rounds=recipe.train.steps - run.progress.step)
+        sample_round = partial(run.producer.round, ahead=recipe.train.steps - run.progress.step)
+        collected = collect(sample_round, recipe, run.progress.position)
         run.sampler.engine.sleep()
         run.record_samples(collected.drawn[0])
     run.progress.position = collected.position

@@ -31,7 +31,10 @@ from eapo_megatron.algorithms.losses import TokenLoss
         ({"shaping": {"alpha": 3.0}}, "algorithm.shaping.alpha must be in (0, 1], got 3.0"),
         ({"shaping": {"alpha": "much"}}, "algorithm.shaping.alpha must be a number, got 'much'"),
         ({"shaping": {"without": 7}}, "algorithm.shaping: "),
-        ({"loss": {"clip": 0.2}}, "algorithm.loss.clip is not a key of the loss 'clipped_surrogate': the known"),
+        (
+            {"loss": {"clip": 0.2}},
+            "algorithm.loss.clip is not a key of the loss 'clipped_surrogate' (did you mean dual_clip?)",
+        ),
         ({"loss": {"options": {}}}, "algorithm.loss.options is not a key of the loss"),
         ({"loss": {"loss": "clipped_surrogate"}}, "algorithm.loss.loss is not a key of the loss"),
         ({"loss": {"eps_hi": 0.3}}, "algorithm.loss.eps_hi is not a key of the loss 'clipped_surrogate' (did you mean"),
@@ -60,7 +63,7 @@ def test_defaults_are_the_papers() -> None:
     assert algorithm == Algorithm()
     assert (algorithm.advantage_estimator, algorithm.shaping) == ("grpo", "eapo")
     assert algorithm.shaping_options == {"alpha": 0.2, "phi": 2.0, "without": ()}
-    assert algorithm.loss_settings.options == {"eps_low": 0.2, "eps_high": 0.28}
+    assert algorithm.loss_settings.options == {"eps_low": 0.2, "eps_high": 0.28, "dual_clip": 0.0}
     assert (algorithm.loss_settings.kl_coef, algorithm.loss_settings.entropy_coef) == (0.0, 0.0)
     assert algorithm.positive_threshold == 0.0
     assert pickle.loads(pickle.dumps(algorithm)) == algorithm

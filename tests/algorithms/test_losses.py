@@ -53,6 +53,13 @@ def clipped(ratio: float, advantage: float, low: float, high: float) -> tuple[fl
     return loss, 0.0 if is_clipped else -ratio * advantage
 
 
+def of_dual_clip(log_prob: float, old: float, advantage: float, _: float, __: float) -> tuple[float, float]:
+    ratio = math.exp(log_prob - old)
+    if advantage < 0 and ratio > 1.2:
+        return -1.2 * advantage, 0.0
+    return clipped(ratio, advantage, 0.8, 1.3)
+
+
 def of_clip_cov(log_prob: float, old: float, advantage: float, selected: float, _: float) -> tuple[float, float]:
     loss, slope = clipped(math.exp(log_prob - old), advantage, 0.8, 1.3)
     return (0.0, 0.0) if selected else (loss, slope)
@@ -77,6 +84,7 @@ def of_cispo(log_prob: float, old: float, advantage: float, _: float, __: float)
 
 
 CASES: dict[str, tuple[Token, dict[str, Any]]] = {
+    "clipped_surrogate": (of_dual_clip, {"eps_low": 0.2, "eps_high": 0.3, "dual_clip": 1.2}),
     "kl_cov": (of_kl_cov, {"coefficient": 0.7}),
     "clip_cov": (of_clip_cov, {"eps_low": 0.2, "eps_high": 0.3}),
     "ce_gppo": (of_ce_gppo, {"eps_low": 0.2, "eps_high": 0.3, "beta_low": 0.5, "beta_high": 0.9}),

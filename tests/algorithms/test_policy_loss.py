@@ -296,6 +296,8 @@ def test_bad_inputs_are_refused_by_name() -> None:
         ("eps_low", True),
         ("kl_coef", "much"),
         ("eps_high", float("inf")),
+        ("dual_clip", 1.0),
+        ("dual_clip", float("nan")),
         ("eps_high", -0.1),
         ("eps_high", float("nan")),
         ("aggregation", "mean"),
@@ -318,11 +320,11 @@ def test_settings_hold_the_losses_options_and_no_others() -> None:
     assert LossSettings() == LossSettings(eps_low=0.2, eps_high=0.28)
     assert LossSettings("negative_log_likelihood").options == {}
     changed = replace(LossSettings(eps_high=0.3), aggregation="group_token_mean", eps_low=0.1)
-    assert changed.options == {"eps_low": 0.1, "eps_high": 0.3}
+    assert changed.options == {"eps_low": 0.1, "eps_high": 0.3, "dual_clip": 0.0}
     assert changed.aggregation == "group_token_mean"
     assert pickle.loads(pickle.dumps(changed)) == changed
     for arguments, message in (
-        ({"eps_lo": 0.2}, r"^eps_lo is not a key of the loss .* \(did you mean eps_low\?\): .* eps_low, eps_high$"),
+        ({"eps_lo": 0.2}, r"^eps_lo is not a key of the loss .* \(did you mean eps_low\?\): .* eps_high, dual_clip$"),
         ({"loss": "negative_log_likelihood", "eps_low": 0.2}, "^eps_low is not a key of the loss 'negative_log_lik"),
     ):
         with pytest.raises(ValueError, match=message):

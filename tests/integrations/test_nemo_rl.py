@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 from eapo_megatron.algorithms import LOSSES, Algorithm, Correction, LossInputs, LossSettings, reads
 from eapo_megatron.integrations.nemo_rl import EAPOAdvantageEstimator, EAPOLossFn
 from eapo_megatron.integrations.nemo_rl.entropies import token_entropies
+from eapo_megatron.integrations.nemo_rl.settings import check_config
 
 RECIPE = Path(__file__).parents[2] / "recipes/nemo_rl/grpo-qwen2.5-math-7b-1n8g-megatron-eapo.yaml"
 
@@ -232,12 +234,178 @@ def test_entropies_of_other_responses_are_refused() -> None:
         )
 
 
-def test_the_recipe_is_sound() -> None:
+def loss_config(**changes: Any) -> types.SimpleNamespace:
+    """The section `loss_fn` of NeMo-RL's examples/configs/grpo_math_1B.yaml, without its KL penalty."""
+    defaults = {
+        "reference_policy_kl_penalty": 0.0,
+        "reference_policy_kl_type": "k3",
+        "kl_input_clamp_value": 20.0,
+        "kl_output_clamp_value": 10.0,
+        "ratio_clip_min": 0.2,
+        "ratio_clip_max": 0.2,
+        "ratio_clip_c": None,
+        "use_on_policy_kl_approximation": False,
+        "use_importance_sampling_correction": False,
+        "truncated_importance_sampling_type": None,
+        "truncated_importance_sampling_ratio": None,
+        "truncated_importance_sampling_ratio_min": None,
+        "sequence_level_importance_ratios": False,
+        "token_level_loss": True,
+        "force_on_policy_ratio": False,
+        "use_kl_in_reward": False,
+        "use_cispo": False,
+        "disable_ppo_ratio": False,
+        "positive_example_nll_weight": 0.0,
+    }
+    return types.SimpleNamespace(**defaults | changes)
+
+
+class Section(types.SimpleNamespace):
+    def model_dump(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def whole_config(section: str = "", **changes: Any) -> types.SimpleNamespace:
+    """NeMo-RL's configuration with the recipe in it, and with changes in a section of it."""
     recipe = yaml.safe_load(RECIPE.read_text())
-    EAPOAdvantageEstimator(recipe["grpo"]["adv_estimator"], torch.empty, lambda metrics: None)
-    config = types.SimpleNamespace(**recipe["loss_fn"], reference_policy_kl_type="k3")
-    assert EAPOLossFn.from_config(config).algorithm.loss_settings == LossSettings(eps_low=0.2, eps_high=0.28)
-    assert recipe["policy"]["megatron_cfg"]["enabled"]
+    inherited = {"normalize_rewards": True, "minus_baseline": True, "reward_weights": None}
+    sections: dict[str, Any] = {
+        "grpo": {"use_dynamic_sampling": False, "async_grpo": Section(enabled=False)} | recipe["grpo"],
+        "adv_estimator": inherited | recipe["grpo"]["adv_estimator"],
+        "loss_fn": vars(loss_config(**recipe["loss_fn"])),
+        "policy": recipe["policy"],
+        "data_plane": {},
+    }
+    if section:
+        sections[section] = sections[section] | changes
+    sections["grpo"]["adv_estimator"] = Section(**sections.pop("adv_estimator"))
+    sections["grpo"] = Section(**sections["grpo"])
+    sections["loss_fn"] = Section(**sections["loss_fn"])
+    return types.SimpleNamespace(**sections)
+
+
+def test_the_recipe_is_sound() -> None:
+    config = whole_config()
+    check_config(config)
+    EAPOAdvantageEstimator(config.grpo.adv_estimator.model_dump(), torch.empty, lambda metrics: None)
+    assert EAPOLossFn.from_config(config.loss_fn).algorithm == Algorithm(
+        loss_settings=LossSettings(eps_low=0.2, eps_high=0.28)
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("loss_fn", {"use_cispo": True}, "loss_fn.use_cispo must be False"),
+        ("loss_fn", {"disable_ppo_ratio": True}, "loss_fn.disable_ppo_ratio must be False"),
+        ("loss_fn", {"positive_example_nll_weight": 0.1}, "loss_fn.positive_example_nll_weight must be 0.0"),
+        ("loss_fn", {"use_kl_in_reward": True}, "loss_fn.use_kl_in_reward must be False"),
+        ("loss_fn", {"force_on_policy_ratio": True}, "loss_fn.force_on_policy_ratio must be False"),
+        ("loss_fn", {"sequence_level_importance_ratios": True}, "loss_fn.sequence_level_importance_ratios must be"),
+        ("loss_fn", {"reference_policy_kl_penalty": 0.01}, "loss_fn.kl_output_clamp_value must be null"),
+        ("loss_fn", {"model_extra": {"ratio_clip": 1}}, "loss_fn.ratio_clip is not a key"),
+        (
+            "loss_fn",
+            {"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 2.0},
+            "loss_fn.truncated_importance_sampling_type needs use_importance_sampling_correction",
+        ),
+        (
+            "loss_fn",
+            {"truncated_importance_sampling_type": "seq-mask-tis", "use_importance_sampling_correction": True},
+            "loss_fn.truncated_importance_sampling_type must be tis or icepop, got 'seq-mask-tis'",
+        ),
+        ("adv_estimator", {"shapping": {}}, "grpo.adv_estimator.shapping is not known: the keys are"),
+        ("grpo", {"async_grpo": Section(enabled=True)}, "grpo.async_grpo.enabled must be false"),
+        (
+            "grpo",
+            {"use_dynamic_sampling": True, "use_leave_one_out_baseline": True},
+            "grpo.use_leave_one_out_baseline must be false with grpo.use_dynamic_sampling",
+        ),
+        ("data_plane", {"enabled": True}, "data_plane.enabled must be false"),
+        ("policy", {"generation": {"top_p": 0.9}}, "policy.generation.top_p must be 1"),
+        ("policy", {"generation": {"top_k": 20}}, "policy.generation.top_k must be null"),
+        (
+            "policy",
+            {
+                "generation": {"temperature": 0.7},
+                "megatron_cfg": {"enabled": True, "pipeline_model_parallel_size": 2},
+            },
+            "policy.generation.temperature must be 1 with pipeline_model_parallel_size above 1",
+        ),
+        ("policy", {"megatron_cfg": {"enabled": False}}, "policy.megatron_cfg.enabled must be true"),
+        ("policy", {"megatron_cfg": {"enabled": True, "context_parallel_size": 2}}, "policy.megatron_cfg.context"),
+        ("policy", {"megatron_cfg": {"enabled": True, "use_fused_linear_logprobs": True}}, "policy.megatron_cfg.use_f"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(section: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        check_config(whole_config(section, **changes))
+
+
+def test_dual_clip_and_correction_are_nemo_rls() -> None:
+    """Against the formula of ClippedPGLossFn, in float64."""
+    data = random_data()
+    mask = valid(data)
+    shift = torch.linspace(-0.9, 0.9, 10)
+    log_probs = (data["prev_logprobs"][:, 1:] + shift).requires_grad_()
+    counts = {"global_valid_seqs": data["sample_mask"].sum(), "global_valid_toks": mask.sum()}
+    ratio = shift.double().exp().expand(6, 10)[mask]
+    advantages = data["advantages"][:, 1:].double()[mask]
+    surrogate = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+    surrogate = torch.where(advantages < 0, torch.minimum(surrogate, -advantages * 1.5), surrogate)
+    weight = (data["prev_logprobs"] - data["generation_logprobs"])[:, 1:].double().exp()[mask]
+    expected = {
+        None: weight,
+        "tis": weight.clamp(0, 1.5),
+        "icepop": torch.where((weight >= 0.5) & (weight <= 1.5), weight, 0.0),
+    }
+    assert (weight > 1.5).any()
+    assert (weight < 0.5).any()
+    for name, weights in expected.items():
+        config = loss_config(
+            ratio_clip_c=1.5,
+            use_importance_sampling_correction=True,
+            truncated_importance_sampling_type=name,
+            truncated_importance_sampling_ratio=name and 1.5,
+            truncated_importance_sampling_ratio_min=0.5 if name == "icepop" else None,
+        )
+        loss, metrics = EAPOLossFn.from_config(config)(data, **counts, next_token_logprobs=log_probs)
+        assert loss.item() == pytest.approx((weights * surrogate).mean().item(), rel=1e-5)
+    gap = (data["prev_logprobs"] - data["generation_logprobs"])[:, 1:].double()[mask]
+    current = log_probs.detach().double()[mask]
+    assert metrics["probs_ratio"] == pytest.approx(ratio.mean().item(), rel=1e-5)
+    assert metrics["policy_kl_error"] == pytest.approx(((-gap).exp() - 1 + gap).mean().item(), rel=1e-5)
+    assert metrics["sampling_importance_ratio"] == pytest.approx(weight.mean().item(), rel=1e-5)
+    sampler = data["generation_logprobs"][:, 1:].double()[mask]
+    assert metrics["approx_entropy"] == pytest.approx(-((current - sampler).exp() * current).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
+def test_a_batch_without_valid_tokens_has_loss_0(aggregation: str) -> None:
+    data = random_data()
+    data["sample_mask"] = torch.zeros(6)
+    log_probs = torch.full((6, 10), -1.0, requires_grad=True)
+    loss_fn = EAPOLossFn(Algorithm(loss_settings=LossSettings(aggregation=aggregation)))
+    counts = {"global_valid_seqs": torch.tensor(0), "global_valid_toks": torch.tensor(0)}
+    loss, metrics = loss_fn(data, **counts, next_token_logprobs=log_probs)
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    assert loss.item() == 0
+    assert set(metrics.values()) == {0.0}
+    assert torch.equal(gradient, torch.zeros(6, 10))
+
+
+def test_bfloat16_is_taken() -> None:
+    data = random_data()
+    mask = valid(data)
+    halves = BatchedDataDict({name: values.bfloat16() for name, values in data.items()})
+    log_probs = halves["prev_logprobs"][:, 1:] + 0.1
+    counts = {"global_valid_seqs": data["sample_mask"].sum(), "global_valid_toks": mask.sum()}
+    loss_fn = EAPOLossFn(Algorithm())
+    loss, _ = loss_fn(halves, **counts, next_token_logprobs=log_probs)
+    whole = BatchedDataDict({name: values.float() for name, values in halves.items()})
+    expected, _ = loss_fn(whole, **counts, next_token_logprobs=log_probs.float())
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
 
 
 def reference_entropies(logits: Tensor) -> Tensor:
@@ -353,8 +521,9 @@ def policy_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]
         monkeypatch,
         "nemo_rl.distributed.ray_actor_environment_registry",
         ACTOR_ENVIRONMENT_REGISTRY={},
-        MCORE_EXECUTABLE="mcore",
+        MCORE_EXECUTABLE="uv run mcore",
     )
+    _module(monkeypatch, "nemo_rl.utils.venvs", DEFAULT_VENV_DIR="nowhere")
     _module(monkeypatch, "nemo_rl.models.policy.lm_policy", Policy=Policy)
     name = "eapo_megatron.integrations.nemo_rl.policy"
     yield importlib.import_module(name)
@@ -365,22 +534,23 @@ def test_the_policy_keeps_the_entropies(policy_module: types.ModuleType) -> None
     policy = policy_module.EntropyPolicy(config={"megatron_cfg": {"enabled": True}}, cluster="cluster")
     assert policy.options["cluster"] == "cluster"
     assert policy.options["worker_extension_cls_fqn"] == policy_module.WORKER
-    assert policy_module.ACTOR_ENVIRONMENT_REGISTRY == {policy_module.WORKER: "mcore"}
+    assert policy_module.ACTOR_ENVIRONMENT_REGISTRY == {policy_module.WORKER: "uv run mcore"}
     result = policy.get_logprobs(BatchedDataDict(input_ids=torch.ones(2, 3)))
     assert result.keys() == {"logprobs"}
     assert torch.equal(policy.entropies, torch.ones(2, 3))
 
 
-@pytest.mark.parametrize(
-    ("megatron_cfg", "key"),
-    [
-        ({"enabled": False}, "enabled"),
-        ({"enabled": True, "context_parallel_size": 2}, "context_parallel_size"),
-        ({"enabled": True, "use_fused_linear_logprobs": True}, "use_fused_linear_logprobs"),
-    ],
-)
-def test_policies_without_entropies_are_refused(
-    policy_module: types.ModuleType, megatron_cfg: dict[str, Any], key: str
+def test_workers_share_the_environment_that_is_built(
+    policy_module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=f"policy.megatron_cfg.{key} must be"):
-        policy_module.EntropyPolicy(config={"megatron_cfg": megatron_cfg})
+    python = tmp_path / policy_module.MEGATRON_WORKER / "bin" / "python"
+    monkeypatch.setenv("NEMO_RL_VENV_DIR", str(tmp_path))
+    assert policy_module.worker_environment() == "uv run mcore"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert policy_module.worker_environment() == str(python)
+
+
+def test_policies_without_entropies_are_refused(policy_module: types.ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"^policy\.megatron_cfg\.enabled must be true"):
+        policy_module.EntropyPolicy(config={"megatron_cfg": {"enabled": False}})

@@ -6,7 +6,7 @@ The same rounds come from both producers; the engine of one replica is lost in t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from eapo_megatron.config import Parallel, Recipe
 from eapo_megatron.data import Prompt, arithmetic_tokenizer
@@ -26,7 +26,12 @@ class KnownEngine(AsynchronousEngine):
     restored = 0
 
     def sample_here(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: SamplingParams
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_sent: Callable[[], object],
     ) -> Responses:
         """On leaders, from a thread."""
         self.calls += 1
@@ -89,9 +94,7 @@ def main() -> None:
         positions = [0, 5, 10, 15]
         ahead = []
         for position in positions:
-            rounds = producer.round(position)
-            producer.sample_ahead(position + 5, rounds=(15 - position) // 5)
-            ahead.append(same(rounds, drawn))
+            ahead.append(same(producer.round(position, ahead=(15 - position) // 5), drawn))
         idle = producer.metrics()
         producer.close()
     print(

@@ -148,8 +148,7 @@ class Drawn(Sampler):
 
 def collected_from(sampler: Drawn, rounds: int, position: int) -> Collected:
     producer = Synchronous(sampler, partial(training_draw, sampler, PROMPTS, recipe(rounds)))
-    producer.sample_ahead(position, rounds)
-    return collect(producer.round, recipe(rounds), position)
+    return collect(partial(producer.round, ahead=rounds), recipe(rounds), position)
 
 
 def recipe(rounds: int, **sections: dict[str, Any]) -> Recipe:

@@ -135,7 +135,7 @@ def test_responses_in_flight_go_on_with_new_weights(engine: VLLMEngine, policy: 
         engine.in_flight = in_flight  # type: ignore[assignment]
         engine.update_weights(exported(policy), min(versions))
         with ThreadPoolExecutor() as pool:
-            sampled = pool.submit(engine.sample_here, [[5, 6]], [list(range(40))], sampling)
+            sampled = pool.submit(engine.sample_here, [[5, 6]], [list(range(40))], sampling, on_sent=list)
             time.sleep(0.3)
             engine.update_weights(exported(policy), max(versions) if in_flight != "wait" else 7)
             responses = sampled.result()

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from eapo_megatron.algorithms import Algorithm
-
-ESTIMATOR_KEYS = ("advantage_estimator", "shaping", "quadrant_threshold")
+from eapo_megatron.integrations.nemo_rl.settings import ESTIMATOR_KEYS, check_estimator_config
 
 
 class EAPOAdvantageEstimator:
@@ -27,7 +26,8 @@ class EAPOAdvantageEstimator:
         wrong_reward: 0.0
 
     Rewards are mapped linearly so that `correct_reward` becomes +1 and `wrong_reward` -1, and rewards between them
-    (overlong penalties) stay between. The section's other keys are those of NeMo-RL's own estimators and are not read.
+    (overlong penalties) stay between. Keys of NeMo-RL's own estimators, which a recipe inherits, are not read; any
+    other is refused.
 
     entropies: returns the entropies, float32 [B, S] in nats, of the responses that were scored last.
     log: is given the metrics of each batch (mean entropy, the four quadrants).
@@ -39,10 +39,7 @@ class EAPOAdvantageEstimator:
         entropies: Callable[[], Tensor],
         log: Callable[[dict[str, float]], None],
     ) -> None:
-        if "correction" in config:
-            raise ValueError(
-                "grpo.adv_estimator.correction is no part of an advantage estimator: give the correction to EAPOLossFn"
-            )
+        check_estimator_config(config)
         own = {key: config[key] for key in ESTIMATOR_KEYS if key in config}
         self.algorithm = Algorithm.from_config(own, key="grpo.adv_estimator")
         self.correct_reward = float(config.get("correct_reward", 1.0))

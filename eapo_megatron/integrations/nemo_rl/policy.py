@@ -5,22 +5,31 @@ Not run here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY, MCORE_EXECUTABLE
 from nemo_rl.models.policy.lm_policy import Policy
+from nemo_rl.utils.venvs import DEFAULT_VENV_DIR
 from torch import Tensor
 
+from eapo_megatron.integrations.nemo_rl.settings import check_policy_config
+
 WORKER = "eapo_megatron.integrations.nemo_rl.worker.EntropyWorker"
+MEGATRON_WORKER = "nemo_rl.models.policy.workers.megatron_policy_worker.MegatronPolicyWorker"
 
 
 class EntropyPolicy(Policy):
-    """Pass it to NeMo-RL's `setup` as `policy_factory`; this package must be importable in the workers' environment."""
+    """Pass it to NeMo-RL's `setup` as `policy_factory`; PYTHONPATH must name the folder of this package.
+
+    Workers run in environments of NeMo-RL's own, which hold what its lock file names; PYTHONPATH reaches them.
+    """
 
     def __init__(self, *, config: Mapping[str, Any], **options: Any) -> None:
         check_policy_config(config)
-        ACTOR_ENVIRONMENT_REGISTRY[WORKER] = MCORE_EXECUTABLE
+        ACTOR_ENVIRONMENT_REGISTRY[WORKER] = worker_environment()
         super().__init__(config=config, worker_extension_cls_fqn=WORKER, **options)
         self.entropies: Tensor | None = None  # float32 [B, S], nats
 
@@ -30,12 +39,10 @@ class EntropyPolicy(Policy):
         return result
 
 
-def check_policy_config(config: Mapping[str, Any]) -> None:
-    """ValueError, one sentence naming the key, for a `policy` section whose workers cannot return entropies."""
-    megatron = config.get("megatron_cfg") or {}
-    if not megatron.get("enabled", False):
-        raise ValueError("policy.megatron_cfg.enabled must be true: entropies come from Megatron's sharded logits")
-    if megatron.get("context_parallel_size", 1) > 1:
-        raise ValueError("policy.megatron_cfg.context_parallel_size must be 1")
-    if megatron.get("use_fused_linear_logprobs", False):
-        raise ValueError("policy.megatron_cfg.use_fused_linear_logprobs must be false: entropies need the logits")
+def worker_environment() -> str:
+    """The Python of the environment that NeMo-RL's own Megatron workers have, if it is built (containers bring it).
+
+    Else how to build one: NeMo-RL builds one environment for each name of a worker.
+    """
+    python = Path(os.environ.get("NEMO_RL_VENV_DIR", DEFAULT_VENV_DIR), MEGATRON_WORKER, "bin", "python")
+    return str(python) if MCORE_EXECUTABLE.startswith("uv") and python.exists() else MCORE_EXECUTABLE
