@@ -79,7 +79,7 @@ def test_the_papers_settings(name: str, lengths: tuple[int, int], prompts: int, 
     assert recipe.rollout.num_generations_per_prompt == generations
     assert recipe.train.steps == steps
     assert recipe.optimizer.lr == 1e-6
-    assert recipe.make_algorithm().loss_settings.options == {"eps_low": 0.2, "eps_high": 0.28}
+    assert recipe.make_algorithm().loss_settings.options == {"eps_low": 0.2, "eps_high": 0.28, "dual_clip": 0.0}
     assert (recipe.rollout.temperature, recipe.rollout.top_p) == (1.0, 0.95)
     assert recipe.algorithm.dynamic_sampling_rounds > 1
 
