@@ -29,7 +29,7 @@ def test_every_key_of_a_recipe_is_listed() -> None:
     options = {"shaping.alpha", "shaping.phi", "shaping.without", "shaping.a", "shaping.kappa", "shaping.fraction"}
     options |= {"shaping.only", "loss.eps_low", "loss.eps_high", "correction.low", "correction.high"}
     options |= {"loss.fraction", "loss.coefficient", "loss.covariance_low", "loss.covariance_high"}
-    options |= {"loss.beta_low", "loss.beta_high"}
+    options |= {"loss.beta_low", "loss.beta_high", "loss.dual_clip"}
     assert paths - fields == {f"algorithm.{option}" for option in options}
 
 
