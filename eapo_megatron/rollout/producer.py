@@ -100,9 +100,9 @@ class Asynchronous:
         self._since = time.perf_counter()
 
     def round(self, position: int, *, ahead: int) -> Rollouts:
-        size = self._draw(position).size
+        draw = self._draw(position)
         for place in range(len(self._begun), 1 + min(ahead, self._max_staleness)):
-            self._begun.append(self._submitted(position + place * size))
+            self._begun.append(self._submitted(position + place * draw.size))
         begun = self._begun.popleft()
         if begun.position != position:
             raise AssertionError(f"round {begun.position} was sampled ahead, {position} is asked for")
@@ -121,7 +121,7 @@ class Asynchronous:
         responses = Responses.from_leader(responses, runtime.from_replica_leader)
         if not self._leads:
             verdicts = torch.zeros(len(responses) + 1, dtype=torch.float64)
-        return self._sampler.together(self._draw(position), responses, verdicts)
+        return self._sampler.together(draw, responses, verdicts)
 
     def metrics(self) -> dict[str, float]:
         """`idle/trainer` and `idle/engine`: shares of the time since the last call, means over replicas."""

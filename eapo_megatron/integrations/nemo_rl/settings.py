@@ -28,7 +28,7 @@ _NOT_READ = ("name", "normalize_rewards", "use_leave_one_out_baseline", "reward_
 
 
 def check_config(config: Any) -> None:
-    """Of NeMo-RL's whole configuration (MasterConfig) what no other check sees.
+    """NeMo-RL's whole configuration (MasterConfig): its sections by the checks below, and what concerns several.
 
     Raises:
         ValueError: one sentence that begins with the key.
