@@ -1,8 +1,12 @@
 """Package metadata. The base needs torch alone; `[train]` brings Megatron and the training loop."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+PACKAGE = (HERE / "eapo_megatron" / "__init__.py").read_text(encoding="utf-8")
 
 TRAIN = [
     "megatron-core==0.16.1",  # tensor/pipeline-parallel models, optimizers, schedules, checkpoints
@@ -24,9 +28,9 @@ TRAIN = [
 
 setup(
     name="eapo_megatron",
-    version="0.1.0",
+    version=re.findall(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[0],
     description="Entropy-aware policy optimization for large language models on Megatron",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -51,7 +55,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["eapo-megatron=eapo_megatron.cli:main"],
+        "console_scripts": ["eapo-megatron=eapo_megatron.__main__:main"],
         "vllm.general_plugins": ["eapo_megatron=eapo_megatron.rollout.vllm_plugin:register"],
     },
 )

@@ -1,4 +1,4 @@
-"""The command line: `eapo-megatron train | plan | submit RECIPE [key.path=value ...]`, `check RUN`, and others."""
+"""The command line: one function a command. What is slow to import is imported by the command that needs it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from functools import partial
+from glob import escape, glob
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from omegaconf import OmegaConf
 
+from eapo_megatron import __version__
 from eapo_megatron.config import RecipeError
 from eapo_megatron.failures import described, print_error, report_failure
 from eapo_megatron.launcher import check_devices, rank_environment, run_local_ranks
@@ -26,7 +28,7 @@ from eapo_megatron.run_lock import check_unlocked
 from eapo_megatron.saved_recipe import resolved
 from eapo_megatron.slurm import job_folder, job_script, submit_job
 
-app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 convert = typer.Typer(help="Checkpoints to Hugging Face's format and back, in one process.")
 app.add_typer(convert, name="convert")
@@ -36,14 +38,36 @@ GIB = 2**30
 DType = Literal["float32", "bfloat16", "float16"]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    """For the shell's completion; files are completed too."""
+    files = (path for path in glob(f"{escape(incomplete)}*") if os.path.isdir(path) or path.endswith(".yaml"))
+    return [*(name for name in built_in_recipes() if name.startswith(incomplete)), *files]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(help="A recipe file, or the name of a built-in recipe.", autocompletion=_recipe_names),
+]
+
+
 @app.callback()
-def cli() -> None:
-    """Entropy-aware policy optimization on Megatron."""
+def cli(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Entropy-aware policy optimization on Megatron: train, plan, submit, evaluate, report, convert."""
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
+    recipe: RecipeArgument,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
@@ -110,7 +134,7 @@ def evaluate(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
+    recipe: RecipeArgument,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
 ) -> None:
     """Prints a recipe's parameters, memory, work and communication, without a GPU or the weights.
@@ -130,7 +154,7 @@ def plan(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def submit(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
+    recipe: RecipeArgument,
     arguments: Annotated[
         list[str] | None, typer.Argument(help="key.path=value, over the recipe; --name=value, an option of sbatch.")
     ] = None,
@@ -209,7 +233,7 @@ def report(
 
 @app.command()
 def serve(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
+    recipe: RecipeArgument,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe.")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(min=1, max=65_535, help="The port to listen on.")] = 8000,
@@ -258,6 +282,14 @@ def keys(
         print(keys_page(), end="")
         return
     _print_table(("key", "type", "default", "description"), [astuple(key) for key in recipe_keys(pattern)])
+
+
+@app.command()
+def doctor() -> None:
+    """Prints what is installed, what the machine has and which backends runs use here: a table for a bug report."""
+    from eapo_megatron.doctor import diagnose, table  # torch, megatron: seconds
+
+    print(table(diagnose()), end="")
 
 
 @convert.command("to-hf")
