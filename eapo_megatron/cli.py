@@ -258,9 +258,16 @@ def recipes(
         Path | None, typer.Argument(metavar="[DEST]", help="With --copy: the new file, or its folder; default: here.")
     ] = None,
     copy: Annotated[str | None, typer.Option("--copy", metavar="NAME", help="Copy this one, to edit it.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print recipes/README.md: with layout and memory.")
+    ] = False,
 ) -> None:
     """Lists the built-in recipes, or copies one; a file that is there already is never overwritten."""
-    if copy is not None:
+    if markdown:
+        from eapo_megatron.recipe_table import recipe_page  # torch: seconds
+
+        print(recipe_page(), end="")
+    elif copy is not None:
         print(copy_recipe(copy, destination or Path()))
     elif destination is not None:
         raise RecipeError(f"{destination}: a destination goes with --copy NAME")

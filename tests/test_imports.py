@@ -38,7 +38,7 @@ FLOORS = (
     {"rollout"},
     {"records"},
     {"evaluation", "training", "report", "planning"},
-    {"__main__", "cli", "doctor", "ranks"},
+    {"__main__", "cli", "doctor", "ranks", "recipe_table"},
     {"integrations", "benchmarks"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}

@@ -11,6 +11,7 @@ import pytest
 from eapo_megatron.config import Recipe
 from eapo_megatron.planning.plan import make_plan
 from eapo_megatron.recipe_files import load_recipe
+from eapo_megatron.recipe_table import recipe_page
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*-*.yaml"))
@@ -91,3 +92,8 @@ def test_each_quadrant_is_studied_alone() -> None:
         {"only": ["nhr"]},
         {"only": ["nlr"]},
     ]
+
+
+def test_the_table_of_recipes_is_up_to_date() -> None:
+    """Otherwise: eapo-megatron recipes --markdown > recipes/README.md"""
+    assert (RECIPES / "README.md").read_text(encoding="utf-8") == recipe_page()
