@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train train-vllm study study-quick test test-random test-isas test-kills test-vllm test-nemo test-slurm lint benchmark benchmark-vllm
+.PHONY: setup train train-vllm study study-quick test test-random test-isas test-kills test-vllm test-nemo test-slurm lint benchmark benchmark-vllm benchmark-step
 
 setup: .venv/.installed
 
@@ -59,6 +59,10 @@ benchmark-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m benchmarks.weight_transfer
 	.venv-vllm/bin/python -m benchmarks.rollouts
 
+# A step of this loop beside TRL's. PROMPTS: GSM8K as JSONL; left out, random tokens of like lengths.
+benchmark-step: setup .venv-trl/.installed
+	$(BIN)/python -m benchmarks.step $(if $(PROMPTS),--prompts $(PROMPTS))
+
 .venv/.installed: setup.py constraints/cpu.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints/cpu.txt torch==2.13.0
@@ -77,4 +81,10 @@ benchmark-vllm: .venv-vllm/.installed
 .venv-nemo/.installed: constraints/nemo.txt
 	$(PYTHON) -m venv .venv-nemo
 	.venv-nemo/bin/pip install --quiet --no-deps -r constraints/nemo.txt
+	touch $@
+
+.venv-trl/.installed: constraints/trl.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet -c constraints/trl.txt torch==2.13.0
+	.venv-trl/bin/pip install --quiet -c constraints/trl.txt trl==1.16.0
 	touch $@
