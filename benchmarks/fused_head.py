@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.measuring import circumstances, holding, milliseconds, peak_and_collectives
-from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy, linear_tiles
+from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy, products
 from eapo_megatron.vocab_parallel.linear import SumGradient
 
 RESULTS = Path(__file__).parent / "results" / "fused_head.json"
 FILTER = 2**-9
-ONEDNN = linear_tiles.ONEDNN
+MEASURED = products.onednn_is_faster
 SAMPLE = 16  # tokens whose errors against float64 are computed
 
 Outputs = tuple[Tensor, Tensor]
@@ -89,16 +89,16 @@ def ours(**settings: Any) -> Version:
 
 def choose_products(name: str) -> None:
     """By the version's name: of the next forward and of its backward."""
-    linear_tiles.ONEDNN = ONEDNN and name != "fused by MKL"
+    products.onednn_is_faster = (lambda: False) if name == "fused by MKL" else MEASURED
 
 
 def products_gflops() -> dict[str, float]:
     """10^9 floating-point operations a second of a product [512, 896] x [896, 512] in one thread, best of 10."""
     left, right = torch.randn(512, 896), torch.randn(896, 512)
     speeds = {}
-    for library, onednn in ({"MKL": False, "oneDNN": True} if ONEDNN else {"torch's": False}).items():
-        linear_tiles.ONEDNN = onednn
-        times = [milliseconds(lambda: linear_tiles.product(left, right))[0] for _ in range(10)]
+    libraries = {"MKL": torch.mm, "oneDNN": products.by_onednn} if MEASURED() else {"torch's": torch.mm}
+    for library, multiply in libraries.items():
+        times = [milliseconds(lambda multiply=multiply: multiply(left, right))[0] for _ in range(10)]
         speeds[library] = 2e-6 * 512 * 896 * 512 / min(times)
     return speeds
 

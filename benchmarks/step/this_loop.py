@@ -31,7 +31,7 @@ from eapo_megatron.stopping import StopRequest
 from eapo_megatron.training.loop import train_step
 from eapo_megatron.training.preflight import prepare
 from eapo_megatron.training.session import Run, open_run
-from eapo_megatron.vocab_parallel.linear_tiles import product
+from eapo_megatron.vocab_parallel.products import product
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -32,7 +32,7 @@ from eapo_megatron.policy.block import block_spec
 from eapo_megatron.policy.runtime import Runtime
 from eapo_megatron.policy.segments import Segments
 from eapo_megatron.vocab_parallel import linear_kept_log_probs_and_entropy, linear_log_probs_and_entropy
-from eapo_megatron.vocab_parallel.linear_tiles import product
+from eapo_megatron.vocab_parallel.products import product
 from eapo_megatron.weights.families import family_of, padded_vocab_size
 from eapo_megatron.weights.huggingface import WeightSource
 from eapo_megatron.weights.load import load_weights

@@ -12,8 +12,7 @@ for grad_hidden = g W and grad_weight = g^T hidden: one matrix product forward a
 Everything is computed in float32 (float64 for float64 inputs): 16-bit inputs are widened a tile at a time, so neither
 logits nor their gradients are ever rounded to 16 bits.
 
-torch multiplies float32 matrices by MKL, which leaves AVX-512 unused on other makers' processors: oneDNN, which torch
-comes with as well, multiplies the tiles there.
+Tiles are multiplied by whichever library is faster on this processor (`products`).
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ import torch
 from torch import Tensor
 
 from eapo_megatron.vocab_parallel.merging import LOG2_OF_ZERO
+from eapo_megatron.vocab_parallel.products import add_product, product
 
 BLOCK = 512  # columns of a vocabulary block
-# Whether float32 tiles on CPU are multiplied by oneDNN.
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 _CHUNK = 512  # tokens of a tile: large enough for matrix products at full speed, small enough for the cache
 
 
@@ -138,11 +136,11 @@ def backward(
             g.scatter_add_(1, target[rows], at_strip[rows])
             if of_hidden is not None:
                 if isinstance(rows, slice):
-                    _add_product(of_hidden[rows], g, strip)
+                    add_product(of_hidden[rows], g, strip)
                 else:
                     of_hidden.index_add_(0, rows, product(g, strip))
             if of_weight is not None:
-                _add_product(of_weight, g.T, states)
+                add_product(of_weight, g.T, states)
             if of_bias is not None:
                 of_bias += g.sum(0)
             del z, d, g  # before the next tile is made
@@ -179,22 +177,3 @@ def _logits(states: Tensor, strip: Tensor, bias: Tensor | None, scale: Tensor) -
     if bias is not None:
         z += bias
     return z.mul_(scale[:, None])
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [M, K] @ right [K, N], by whichever library is faster; no gradient flows through it."""
-    if _onednn_takes(left):
-        return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
-    return left @ right
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right."""
-    if _onednn_takes(left):
-        total += product(left, right)
-    else:
-        total.addmm_(left, right)
-
-
-def _onednn_takes(factor: Tensor) -> bool:
-    return ONEDNN and factor.dtype == torch.float32 and factor.device.type == "cpu"

@@ -16,7 +16,8 @@ from test_logits import peak_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy, linear_tiles
+from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy
+from eapo_megatron.vocab_parallel import products as matrix_products
 from eapo_megatron.vocab_parallel.linear import default_backend
 from eapo_megatron.vocab_parallel.linear_tiles import BLOCK
 
@@ -296,9 +297,20 @@ def products(call: Any) -> tuple[Any, int]:
     return result, counter.get_total_flops() // 2
 
 
+@pytest.mark.parametrize(("times_as_fast", "chosen"), [(2.2, True), (1.3, True), (1.2, False), (0.8, False)])
+def test_the_choice_of_library_needs_a_clear_lead(
+    times_as_fast: float, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(multiply: Any, left: Tensor, right: Tensor) -> float:
+        return 1.0 if multiply is torch.mm else 1.0 / times_as_fast
+
+    monkeypatch.setattr(matrix_products, "_timed", timed)
+    assert matrix_products.onednn_is_faster.__wrapped__() == chosen
+
+
 @pytest.mark.parametrize("onednn", [False, True])
 def test_either_librarys_products(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_tiles, "ONEDNN", onednn)
+    monkeypatch.setattr(matrix_products, "onednn_is_faster", lambda: onednn)
     calls = 0
 
     def count(*arguments: Any) -> Tensor:
