@@ -24,14 +24,14 @@ from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
-from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer import mlp, multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from eapo_megatron.megatron_compat import checkpoint_pickles, stand_ins
+from eapo_megatron.megatron_compat import checkpoint_pickles, cpu_kernels, stand_ins
 
 _ABSENT = object()
 
@@ -122,6 +122,7 @@ def _instead(value: Any) -> Callable[[Any], Any]:
 
 _ASKS_DEVICE = "megatron-core asks a tensor, or the process group, for its device"
 _ANY_GENERATOR = "megatron-core's tracker holds states of any torch.Generator"
+_COMPILED = "Its own is compiled at the first call, by a C++ compiler where it runs on the CPU."
 _FUSED = "Where apex or Transformer Engine is installed, megatron-core's optimizers run its kernels, for the GPU alone."
 CPU_RUNTIME = (
     Replacement(
@@ -239,6 +240,13 @@ CPU_RUNTIME = (
         _instead(False),
         why="The distributed optimizer then looks for Adam's step in another place.",
         until=_ASKS_DEVICE,
+    ),
+    *(
+        Replacement(mlp, name, _instead(plain), why=_COMPILED, until=_ASKS_DEVICE)
+        for name, plain in (
+            ("bias_swiglu_impl", cpu_kernels.bias_swiglu),
+            ("weighted_bias_swiglu_impl", cpu_kernels.weighted_bias_swiglu),
+        )
     ),
     *(
         Replacement(owner, name, _instead(plain), why=_FUSED, until=_ASKS_DEVICE)

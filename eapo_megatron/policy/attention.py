@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from eapo_megatron.megatron_compat.cpu_kernels import rms_norm, rotated
 from eapo_megatron.policy.segment_attention import segment_attention
 from eapo_megatron.policy.segments import Segments
 from eapo_megatron.policy.shared_prompts import SharedPrompts
@@ -76,9 +78,10 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 class CachingSelfAttention(SelfAttention):
-    """Self-attention whose KV cache holds keys already rotated.
+    """Self-attention that rotates queries and keys itself: into the KV cache, and on the CPU in training too.
 
-    Megatron's own keeps them bare and rotates all of the cache again for every token.
+    Megatron's own keeps bare keys in the cache and rotates all of it again for every token; its rotation is a chain of
+    operations over memory. On GPUs it rotates in training.
     """
 
     def _adjust_key_value_for_inference(
@@ -91,22 +94,25 @@ class CachingSelfAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        if inference_context is not None and rotary_pos_emb is not None:
-            start = inference_context.sequence_len_offset
-            query, key = (
-                apply_rotary_pos_emb(
-                    states,
-                    angles[start : start + states.shape[0]],
-                    config=self.config,
-                    mscale=_yarn_get_concentration_factor_from_config(self.config),
-                    cp_group=self.pg_collection.cp,
-                )
-                for states, angles in zip((query, key), rotary_pos_emb, strict=True)
-            )
+        if rotary_pos_emb is not None and (inference_context is not None or query.is_cpu):
+            start = 0 if inference_context is None else inference_context.sequence_len_offset
+            angles = rotary_pos_emb[0][start : start + query.shape[0]]  # of queries and keys alike
+            query, key = self._rotated(query, key, angles)
             rotary_pos_emb = None
         return super()._adjust_key_value_for_inference(
             inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
         )
+
+    def _rotated(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [s, b, heads, d] turned by angles [s, 1, 1, r]."""
+        factor = _yarn_get_concentration_factor_from_config(self.config)
+        if query.is_cpu and not self.config.rotary_interleaved:
+            cosines, sines = ((part * factor).to(query.dtype) for part in (angles.cos(), angles.sin()))
+            return rotated(query, cosines, sines), rotated(key, cosines, sines)
+        turn = partial(
+            apply_rotary_pos_emb, freqs=angles, config=self.config, mscale=factor, cp_group=self.pg_collection.cp
+        )
+        return turn(query), turn(key)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -115,3 +121,10 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., H] -> the same; on the CPU in float32 with a backward of its own."""
+        if states.is_cpu and states.dtype == torch.float32 and torch.is_grad_enabled():
+            assert self.eps is not None
+            return rms_norm(states, self.weight, self.eps)
+        return super().forward(states)

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from eapo_megatron.config import Head, Model, Parallel
+from eapo_megatron.megatron_compat.replacements import runs_on_cpu
 from eapo_megatron.policy.block import block_spec
 from eapo_megatron.policy.runtime import Runtime
 from eapo_megatron.policy.segments import Segments
@@ -264,7 +265,7 @@ def transformer_config(
         use_cpu_initialization=True,
         perform_initialization=False,  # weights are loaded, or drawn by name
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=runs_on_cpu(),  # SwiGLU in one, of `megatron_compat.cpu_kernels`
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -56,6 +56,8 @@ EXPECTED = [
     "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER",
     "megatron.core.optimizer.SGD",
     "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
+    "megatron.core.transformer.mlp.bias_swiglu_impl",
+    "megatron.core.transformer.mlp.weighted_bias_swiglu_impl",
     "megatron.core.optimizer.clip_grads.multi_tensor_applier",
     "megatron.core.optimizer.clip_grads.l2_norm_impl",
     "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
