@@ -22,7 +22,7 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import mlp, multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
@@ -31,7 +31,7 @@ from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from eapo_megatron.megatron_compat import checkpoint_pickles, cpu_kernels, stand_ins
+from eapo_megatron.megatron_compat import checkpoint_pickles, cpu_kernels, cpu_linear, stand_ins
 
 _ABSENT = object()
 
@@ -240,6 +240,13 @@ CPU_RUNTIME = (
         _instead(False),
         why="The distributed optimizer then looks for Adam's step in another place.",
         until=_ASKS_DEVICE,
+    ),
+    Replacement(
+        layers,
+        "linear_with_grad_accumulation_and_async_allreduce",
+        cpu_linear.accumulating,
+        why="Linear layers multiply by MKL alone, which is slow on other makers' processors.",
+        until="torch.matmul takes the faster library on every CPU",
     ),
     *(
         Replacement(mlp, name, _instead(plain), why=_COMPILED, until=_ASKS_DEVICE)

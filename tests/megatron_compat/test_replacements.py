@@ -56,6 +56,7 @@ EXPECTED = [
     "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER",
     "megatron.core.optimizer.SGD",
     "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
+    "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce",
     "megatron.core.transformer.mlp.bias_swiglu_impl",
     "megatron.core.transformer.mlp.weighted_bias_swiglu_impl",
     "megatron.core.optimizer.clip_grads.multi_tensor_applier",
