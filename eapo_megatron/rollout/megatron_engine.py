@@ -2,7 +2,7 @@
 
 Prompts are padded on the left (rotary positions are relative, so a shift changes nothing), prefilled once and cached
 once for the G responses of each. The responses' own cache grows with them; rows that are done leave the batch once half
-of it is.
+of it is, and once an eighth is where the cache grows.
 Pipeline stages pass hidden states down, chunk by chunk under interleaving; the last stage draws the tokens.
 Replicas that share experts (expert parallelism over data-parallel ranks) step together: one that is done keeps decoding
 a row, whose tokens nobody reads, until all are done.
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 GIVES = ("entropies", "kept_ids", "routes")
 ROOM = 16  # tokens a row, by which the cache grows
+# Rows that are done leave the batch once no more than this share is left: sooner where the cache is laid anew anyway.
+LEFT_AT_GROWTH, LEFT_ELSE = 7 / 8, 1 / 2
 
 
 def open_engine(policy: Policy, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MegatronEngine:
@@ -155,12 +157,14 @@ class MegatronEngine:
             alive = int(running.sum())
             if step + 1 == length or self._largest_of_replicas(alive) == 0:
                 break
-            if max(alive, 1) <= running.numel() // 2:
+            grows = step % ROOM == 0
+            left = None
+            if max(alive, 1) <= running.numel() * (LEFT_AT_GROWTH if grows else LEFT_ELSE):
                 left = running.nonzero().squeeze(-1) if alive else active.new_zeros(1)
-                shared = _select_rows(context, shared, left)
+                shared = shared.of_rows(left)
                 active, drawn, running = active[left], drawn[left], running[left]
-            if step % ROOM == 0:
-                _make_room(context, width, room=min(step + ROOM, length))
+            if grows or left is not None:
+                _lay_anew(context, width, left, room=min(step + ROOM - step % ROOM, length))
             context.sequence_len_offset = width + step
             logits = self._forward(drawn.unsqueeze(-1), shared, context)
             if routes is not None:
@@ -287,16 +291,10 @@ def _row_cache(tokens: Tensor, width: int, *, room: int) -> Tensor:
     return cache
 
 
-def _make_room(context: StaticInferenceContext, width: int, *, room: int) -> None:
-    """Lays the rows' cache anew, with memory for `room` tokens."""
+def _lay_anew(context: StaticInferenceContext, width: int, rows: Tensor | None, *, room: int) -> None:
+    """Lays the rows' cache anew, with memory for `room` tokens; of its batch these rows (ascending), None: all."""
     for layer, parts in context.key_value_memory_dict.items():
-        context.key_value_memory_dict[layer] = tuple(_row_cache(part[width:], width, room=room) for part in parts)
-
-
-def _select_rows(context: StaticInferenceContext, shared: SharedPrompts, rows: Tensor) -> SharedPrompts:
-    """Keeps these rows of the cache's batch, in ascending order."""
-    for layer, parts in context.key_value_memory_dict.items():
-        own = (part[shared.width :].index_select(1, rows) for part in parts)
-        context.key_value_memory_dict[layer] = tuple(_row_cache(part, shared.width, room=len(part)) for part in own)
-    context.max_batch_size = rows.numel()
-    return shared.of_rows(rows)
+        own = (part[width:] if rows is None else part[width:].index_select(1, rows) for part in parts)
+        context.key_value_memory_dict[layer] = tuple(_row_cache(part, width, room=room) for part in own)
+    if rows is not None:
+        context.max_batch_size = rows.numel()
