@@ -84,7 +84,7 @@ def main(examples: str, model: str, prompts: str) -> None:
     data = load_dataset("json", data_files=prompts, split="train")
     trainer = Checked(model=model, reward_funcs=rewards, args=settings, train_dataset=data)
     with torch.no_grad():  # a random policy's entropies are all the same: make them differ
-        trainer.model.get_output_embeddings().weight.mul_(30)
+        trainer.model.get_output_embeddings().weight.mul_(5)
     start = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.train()
     moved = max(float((a - b).detach().abs().max()) for a, b in zip(start, trainer.model.parameters(), strict=True))
