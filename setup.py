@@ -47,6 +47,7 @@ setup(
         "trackers": ["wandb>=0.31", "mlflow-skinny>=3.17"],
         "dev": [
             "pytest>=8.3",
+            "pytest-cov>=6",
             "hypothesis>=6.112",
             "ruff==0.14.5",
             "mypy==1.18.2",

@@ -38,6 +38,8 @@ def reward(completions, answer, **_):
 
 if __name__ == "__main__":
     model, prompts, steps = [*sys.argv[1:], "100"][:3]
-    settings = GRPOConfig("trl_run", max_steps=int(steps), epsilon_high=0.28, beta=0.0, loss_type="dapo")
+    settings = GRPOConfig(
+        "trl_run", max_steps=int(steps), epsilon_high=0.28, beta=0.0, use_cpu=not torch.cuda.is_available()
+    )
     data = load_dataset("json", data_files=prompts, split="train")
     EAPOTrainer(model=model, reward_funcs=reward, args=settings, train_dataset=data).train()
