@@ -23,7 +23,7 @@ from eapo_megatron import __version__
 from eapo_megatron.config import RecipeError
 from eapo_megatron.rollout.vllm_release import check_installed
 from eapo_megatron.vocab_parallel.linear import default_backend
-from eapo_megatron.vocab_parallel.linear_tiles import ONEDNN
+from eapo_megatron.vocab_parallel.products import onednn_is_faster
 
 GIB = 2**30
 # The distributions whose version matters in a report, beside torch.
@@ -142,7 +142,9 @@ def _used() -> Iterator[tuple[str, str]]:
 
 def _head(on_gpu: bool) -> str:
     backend = default_backend(torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16)
-    return f"{backend}, products by {'oneDNN' if ONEDNN else 'MKL'}" if not on_gpu and backend == "tiles" else backend
+    if on_gpu:
+        return backend
+    return f"{backend}, products by {'oneDNN' if onednn_is_faster() else 'MKL'}, as measured"
 
 
 def _optimizer() -> str:
