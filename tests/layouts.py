@@ -143,6 +143,7 @@ SP = {"sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 UNEVEN = {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3}
+CP2 = {"context_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 
 LAYOUTS: dict[str, Layout] = {
@@ -197,6 +198,7 @@ LAYOUTS |= {
 }
 LAYOUTS["single, yarn"] = Layout(1, model="yarn", rollouts=True)
 EP2 = {"expert_model_parallel_size": 2}
+EP4 = {"expert_model_parallel_size": 4}
 ETP1 = {"expert_tensor_parallel_size": 1}
 MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
 LAYOUTS |= {
@@ -290,6 +292,21 @@ PACKED |= {
         "EP2": Layout(2, EP2, micro_batch_size=12, micro_batch_tokens=14),
     }.items()
 }
+PACKED |= {
+    "CP2": Layout(2, CP2, micro_batch_size=12, micro_batch_tokens=14),
+    "CP2, full recompute": Layout(2, CP2, micro_batch_size=5, recompute="full"),
+    "CP2, Adam, distributed optimizer": Layout(2, CP2 | SHARDED, micro_batch_size=12, optimizer="adam"),
+    "CP2, qwen3_moe": Layout(2, CP2, model="qwen3_moe", micro_batch_size=12, recompute="selective"),
+    "CP2 EP2, qwen3_moe": Layout(2, CP2 | EP2, model="qwen3_moe", micro_batch_size=12, micro_batch_tokens=14),
+    "CP2, deepseek_v3": Layout(2, CP2, model="deepseek_v3", micro_batch_size=12, micro_batch_tokens=14),
+    "TP2 SP CP2": Layout(4, TP2 | SP | CP2, micro_batch_size=12, micro_batch_tokens=14, recompute="full"),
+    "TP2 SP CP2, deepseek_v3": Layout(4, TP2 | SP | CP2, model="deepseek_v3", micro_batch_size=12),
+    "CP2 PP2": Layout(4, CP2 | PP2, micro_batch_size=12, micro_batch_tokens=14, recompute="selective"),
+    "CP2 PP2 VPP2": Layout(4, CP2 | PP2 | VPP2, micro_batch_size=12, micro_batch_tokens=14),
+    "CP2 DP2": Layout(4, CP2 | SHARDED, micro_batch_size=12, micro_batch_tokens=14, optimizer="adam"),
+    "CP2 DP2 EP4, deepseek_v3": Layout(4, CP2 | EP4, model="deepseek_v3", micro_batch_size=12, micro_batch_tokens=14),
+    "CP4": Layout(4, {"context_parallel_size": 4}, micro_batch_size=12),
+}
 # Optimizer steps, and steps of which some or all responses have no gradient, are run where they may differ.
 PACKED_STEPS = (
     "single",
@@ -299,8 +316,16 @@ PACKED_STEPS = (
     "DP2",
     "DP2, Adam, distributed optimizer",
     "EP2, qwen3_moe",
+    "CP2",
+    "CP2, Adam, distributed optimizer",
+    "CP2 EP2, qwen3_moe",
+    "TP2 SP CP2",
+    "CP2 PP2",
+    "CP2 DP2",
 )
-PACKED_SILENT = ("single", "TP2", "PP2 VPP2", "DP2", "EP2, qwen3_moe")
+PACKED_SILENT = ("single", "TP2", "PP2 VPP2", "DP2", "EP2, qwen3_moe", "CP2")
+# One rank's padded rows, which every layout is held against, by model and optimizer.
+PADDED = {(layout.model, layout.optimizer): name for name, layout in reversed(PACKED.items()) if layout.world_size == 1}
 SILENT_ROWS = (0, 2, 3, 5)  # of the training batch: those whose advantages are set to 0
 FLOAT32 = [name for name, layout in LAYOUTS.items() if layout.dtype == "float32"]
 

@@ -93,16 +93,18 @@ class Parallel(Section):
     """Layers of the first stage; null: an even share."""
     num_layers_in_last_pipeline_stage: int | None = Field(None, ge=1)
     """Layers of the last stage; null: an even share."""
+    context_parallel_size: int = Field(1, ge=1)
+    """Ranks that hold each packed row together, each a share of its tokens; above 1 needs train.packing segments."""
     sequence_parallel: bool = False
     """Splits activations outside tensor-parallel layers over the tensor-parallel ranks, by tokens."""
     expert_model_parallel_size: int = Field(1, ge=1)
-    """Parts that the experts of a layer are split into, over tensor- and data-parallel ranks of a stage."""
+    """Parts that the experts of a layer are split into, over tensor-, context- and data-parallel ranks of a stage."""
     expert_tensor_parallel_size: int | None = Field(None, ge=1)
     """Ranks that share each expert's weights; null: as tensor_model_parallel_size."""
     data_parallel_size: int | None = Field(None, ge=1)
     """Model replicas; only checked against what remains of the world; null: not checked."""
     use_distributed_optimizer: bool = False
-    """Splits optimizer state over the data-parallel ranks."""
+    """Splits optimizer state over the data- and context-parallel ranks."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:

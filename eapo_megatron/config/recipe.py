@@ -71,6 +71,11 @@ class Recipe(Section):
                 f"train.mini_batch_prompts {self.train.mini_batch_prompts} exceeds "
                 f"train.num_prompts_per_step {self.train.num_prompts_per_step}"
             )
+        if self.parallel.context_parallel_size > 1 and self.train.packing == "padded":
+            raise ValueError(
+                f"parallel.context_parallel_size {self.parallel.context_parallel_size} needs train.packing segments: "
+                "padded micro-batches are not divided over ranks"
+            )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens - 1
         if self.train.micro_batch_tokens is not None and self.train.micro_batch_tokens < longest:
             raise ValueError(

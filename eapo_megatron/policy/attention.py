@@ -56,6 +56,7 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_bias is None
         if packed_seq_params is not None:
             query, key, value = (part.squeeze(1) for part in (query, key, value))
+            key, value = packed_seq_params.of_row(key, value)
             causal, contexts = packed_seq_params.causal, packed_seq_params.contexts
             context = segment_attention(query, key, value, causal, contexts, scale=self.softmax_scale)
             return context.flatten(1).unsqueeze(1)

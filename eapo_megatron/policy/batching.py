@@ -80,15 +80,17 @@ class MicroBatch:
     position_ids: Tensor  # int64 [height, s]
     head_positions: tuple[Tensor, Tensor]  # rows and columns, each int64 [M]
     targets: Tensor  # int64 [M]
-    mask: Tensor  # bool [b, T]: scatters the M values to responses
+    mask: Tensor  # bool [b, T]: tokens of the responses
     lengths: Tensor  # int64 [height]: how much of each row of input_ids is no padding
+    predicted: Tensor | None = None  # bool [b, T]: of the mask, the M that this rank predicts; None: all of it
     kept: tuple[Tensor, Tensor] | None = None  # which of the M positions (int64 [K]) kept which token (int64 [K])
     routes: Tensor | None = None  # int16 [height, s, L, k]: the sampler's experts; padding has the first k
     segments: Segments | None = None  # of a packed row (b responses in one row of s tokens); None: a row a response
 
     def to_responses(self, values: Tensor) -> Tensor:
         """Values [M] at their places in [b, T], zero elsewhere; differentiable."""
-        return torch.zeros_like(self.mask, dtype=values.dtype).masked_scatter(self.mask, values)
+        places = self.mask if self.predicted is None else self.predicted
+        return torch.zeros_like(places, dtype=values.dtype).masked_scatter(places, values)
 
 
 def make_batch(
@@ -210,12 +212,21 @@ def _micro_batch(batch: Batch, rows: Sequence[int], height: int, width: int) -> 
     )
 
 
-def kept_pairs(responses: Responses, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """The tokens that each of the M places kept, as pairs of place and token: `MicroBatch.kept`."""
+def kept_pairs(
+    responses: Responses, device: torch.device, predicted: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """The tokens that each of the M places kept, as pairs of place and token: `MicroBatch.kept`.
+
+    predicted: bool, one a token of the responses: which of them the M places are; None: all.
+    """
     if responses.kept_counts is None or responses.kept_ids is None:
         return None
-    places = torch.arange(len(responses.kept_counts)).repeat_interleave(responses.kept_counts)
-    return places.to(device), responses.kept_ids.long().to(device)
+    counts, ids = responses.kept_counts, responses.kept_ids
+    if predicted is not None:
+        ids = ids[predicted.repeat_interleave(counts)]
+        counts = counts[predicted]
+    places = torch.arange(len(counts)).repeat_interleave(counts)
+    return places.to(device), ids.long().to(device)
 
 
 def _routes(responses: Responses, lengths: Tensor, width: int, device: torch.device) -> Tensor | None:

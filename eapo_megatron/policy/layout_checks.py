@@ -16,16 +16,15 @@ def check_layout(parallel: Parallel, hf_config: Mapping[str, Any], world_size: i
         RecipeError: naming the key and the numbers that do not divide.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    dp = parallel.data_parallel_size
-    if world_size % (tp * pp):
+    cp, dp = parallel.context_parallel_size, parallel.data_parallel_size
+    sizes = f"tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}"
+    if cp > 1:
+        sizes += f" x context_parallel_size {cp}"
+    if world_size % (tp * pp * cp):
+        raise RecipeError(f"parallel: {sizes} = {tp * pp * cp} does not divide the world of {world_size} ranks")
+    if dp is not None and tp * pp * cp * dp != world_size:
         raise RecipeError(
-            f"parallel: tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} = {tp * pp} "
-            f"does not divide the world of {world_size} ranks"
-        )
-    if dp is not None and tp * pp * dp != world_size:
-        raise RecipeError(
-            f"parallel: tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} x data_parallel_size {dp} "
-            f"= {tp * pp * dp} is not the world of {world_size} ranks"
+            f"parallel: {sizes} x data_parallel_size {dp} = {tp * pp * cp * dp} is not the world of {world_size} ranks"
         )
     settings = family_of(dict(hf_config)).transformer_config(hf_config)
     _check_experts(parallel, settings, world_size)

@@ -2,7 +2,8 @@
 
 A group's responses stay together behind one copy of their prompt, unless a pack cannot hold them or there are fewer
 groups than model replicas: then the group is split and its prompt repeated. Groups go to replicas, and then to packs,
-largest first, each to where fewest tokens are. Every rank divides the same batch and takes its own share.
+largest first, each to where fewest tokens are. Every rank divides the same batch and takes its own share; of a pack
+that it holds with others under context parallelism, its own tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import TypeVar
 import torch
 
 from eapo_megatron.policy.batching import Batch, MicroBatch, kept_pairs
+from eapo_megatron.policy.context_parallel import ALONE, Context, Cut
 from eapo_megatron.policy.responses import Responses
-from eapo_megatron.policy.segments import Part, places_before_responses, segments_of
+from eapo_megatron.policy.segments import Part, cut_of, places_before_responses, segments_of
 
 Item = TypeVar("Item")
 Pack = list[Part]
@@ -51,22 +53,27 @@ def packed_micro_batches(
     in_step: bool = False,
     length_multiple: int = 1,
     interleave: int = 0,
+    context: Context = ALONE,
 ) -> list[MicroBatch]:
-    """This replica's micro-batches of `rows`, at least one, each of one row of tokens.
+    """This replica's micro-batches of `rows`, at least one, each of one row of tokens; of that, the context's rank's.
 
     Responses without tokens are in none. With `in_step` all replicas get as many micro-batches, empty ones at the end.
-    Widths are multiples of `length_multiple` (sequence parallelism). Interleaved pipelining over `interleave` stages
-    (0: off) gets a multiple of as many micro-batches, all of one width.
+    Widths are equal on the context's ranks, and multiples of `length_multiple` (sequence parallelism). Interleaved
+    pipelining over `interleave` stages (0: off) gets a multiple of as many micro-batches, all of one width.
     """
     shares = dealt(parts_of(batch, rows, budget, at_least=replicas), _tokens, replicas)
     packs = packs_of(shares[replica], budget, multiple_of=interleave or 1)
     if in_step:
         most = max(len(packs_of(share, budget, multiple_of=interleave or 1)) for share in shares)
         packs += [[] for _ in range(most - len(packs))]
-    widths = [-(-max(sum(map(_tokens, pack)), 1) // length_multiple) * length_multiple for pack in packs]
+    cuts = [cut_of(pack, context) for pack in packs]
+    widths = [-(-max(of_pack.most, 1) // length_multiple) * length_multiple for of_pack in cuts]
     if interleave:
         widths = [max(widths)] * len(packs)
-    return [_micro_batch(batch, pack, width) for pack, width in zip(packs, widths, strict=True)]
+    return [
+        _micro_batch(batch, pack, of_pack, width, context)
+        for pack, of_pack, width in zip(packs, cuts, widths, strict=True)
+    ]
 
 
 def parts_of(batch: Batch, rows: Sequence[int], budget: Budget, *, at_least: int = 1) -> list[Part]:
@@ -132,8 +139,8 @@ def _tokens(part: Part) -> int:
     return part.tokens
 
 
-def _micro_batch(batch: Batch, pack: Pack, width: int) -> MicroBatch:
-    """A pack as [1, width] tokens; what it does not fill is padding that nothing reads."""
+def _micro_batch(batch: Batch, pack: Pack, of_pack: Cut, width: int, context: Context) -> MicroBatch:
+    """A rank's tokens of a pack as [1, width]; what they do not fill is padding that nothing reads."""
     device = batch.mask.device
     index = torch.tensor([row for part in pack for row in part.rows], dtype=torch.int64)
     responses = batch.responses.select(index)
@@ -142,37 +149,42 @@ def _micro_batch(batch: Batch, pack: Pack, width: int) -> MicroBatch:
     for part in pack:
         read.append(torch.tensor(batch.prompts[part.rows[0]]))
         read += [next(tokens)[:-1] for _ in part.rows]
+    held = of_pack.owners == context.rank
+    used = int(held.sum())
     ids = torch.zeros(1, width, dtype=torch.int64)
-    used = sum(map(_tokens, pack))
     if pack:
-        ids[0, :used] = torch.cat(read)
-    columns = places_before_responses(pack)
-    segments = segments_of(pack, width, device)
+        ids[0, :used] = torch.cat(read)[held]
+    before = places_before_responses(pack)
+    predicted = held[before]
+    columns = of_pack.places()[before][predicted]
+    segments = segments_of(pack, of_pack, width, device, context)
+    mask = batch.mask[index.to(device), : max((max(part.responses) for part in pack), default=0)]
     return MicroBatch(
         rows_in_batch=index.to(device),
         input_ids=ids.to(device),
         position_ids=segments.positions[None],
         head_positions=(torch.zeros_like(columns).to(device), columns.to(device)),
-        targets=responses.tokens.long().to(device),
-        mask=batch.mask[index.to(device), : max((max(part.responses) for part in pack), default=0)],
+        targets=responses.tokens[predicted].long().to(device),
+        mask=mask,
         lengths=torch.tensor([used], device=device),
-        kept=kept_pairs(responses, device),
-        routes=_routes(responses, pack, width, device),
+        predicted=torch.zeros_like(mask).masked_scatter(mask, predicted.to(device)),
+        kept=kept_pairs(responses, device, predicted),
+        routes=_routes(responses, pack, held, width, device),
         segments=segments,
     )
 
 
-def _routes(responses: Responses, pack: Pack, width: int, device: torch.device) -> torch.Tensor | None:
-    """The routes of a pack's tokens, [1, width, L, k]; a prompt's are those of its first response here."""
+def _routes(
+    responses: Responses, pack: Pack, held: torch.Tensor, width: int, device: torch.device
+) -> torch.Tensor | None:
+    """The routes of the pack's tokens that are `held`, [1, width, L, k]; a prompt's are its first response's here."""
     if responses.routes is None:
         return None
     assert responses.read_counts is not None
     layers, topk = responses.routes.shape[1:]
     of_rows = iter(responses.routes.split(responses.read_counts.tolist()))
-    taken = []
-    for part in pack:
-        for place, _ in enumerate(part.rows):
-            taken.append(next(of_rows)[part.prompt if place else 0 :])
-    padding = width - sum(map(len, taken))
-    taken.append(torch.arange(topk, dtype=torch.int16).expand(padding, layers, topk))
-    return torch.cat(taken)[None].to(device)
+    taken = [next(of_rows)[part.prompt if place else 0 :] for part in pack for place, _ in enumerate(part.rows)]
+    routes = torch.arange(topk, dtype=torch.int16).repeat(width, layers, 1)
+    if pack:
+        routes[: int(held.sum())] = torch.cat(taken)[held]
+    return routes[None].to(device)

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from eapo_megatron.config import Parallel
 from eapo_megatron.launcher import free_port
 from eapo_megatron.megatron_compat.replacements import install_cpu_runtime, runs_on_cpu
+from eapo_megatron.policy.context_parallel import ALONE, Context
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Runtime:
     device: torch.device
     rank: int
     world_size: int
-    data_parallel_rank: int
+    data_parallel_rank: int  # among the ranks with the same weights, those of one context among them
     data_parallel_size: int
+    context: Context
     cpu_group: dist.ProcessGroup  # all ranks, gloo: for Python objects
 
     @property
@@ -135,8 +137,23 @@ def start_runtime(parallel: Parallel, *, seed: int, device: str = "auto", timeou
         world_size=world_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        context=_context(parallel.context_parallel_size, timeout),
         cpu_group=cpu_group,
     )
+
+
+def _context(size: int, timeout: timedelta) -> Context:
+    """This rank's context: `size` data-parallel ranks side by side."""
+    if size == 1:
+        return ALONE
+    tp, pp = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    replicas = parallel_state.get_data_parallel_world_size() // size
+    layout = parallel_state.RankGenerator(tp=tp, ep=1, dp=replicas, pp=pp, cp=size, order="tp-cp-dp-pp")
+    group, _ = dist.new_subgroups_by_enumeration(layout.get_ranks("cp"), timeout=timeout)
+    return Context(dist.get_rank(group), size, group)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Attention over one packed row on the CPU: spans that see themselves causally, some of which see a context too.
+"""Attention over one packed row on the CPU: spans that see themselves causally, some of which see contexts too.
 
 No mask is made. Each span goes through torch's flash kernel, and once more, together with the spans beside it, against
-their shared context. The two results merge by their log-sum-exps,
+each context that they share. Two results merge by their log-sum-exps,
 
     lse = log(exp(lse_1) + exp(lse_2)),   out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2,
 
@@ -28,16 +28,17 @@ def segment_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    causal: Sequence[Span],
+    causal: Sequence[tuple[Span, Span]],
     contexts: Sequence[tuple[Span, Span]],
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of query [T, heads, d] over key [T, groups, d] and value [T, groups, dv] -> [T, heads, dv].
+    """Attention of query [T, heads, d] over key [S, groups, d] and value [S, groups, dv] -> [T, heads, dv].
 
-    `causal`: spans without overlap, none of them empty, that each see themselves causally. `contexts`: spans of queries
-    from among them, with the span of keys, all of which they see too. A place in no span gets zeros. `scale` multiplies
-    the scores; None: d^-0.5. `heads` is a multiple of `groups`; the dtype is any floating one.
+    `causal`: spans of queries without overlap, none of them empty, each with the span of their own keys, which they see
+    causally. `contexts`: spans of queries from among them, with a span of keys, all of which they see too. A query in
+    no span gets zeros. `scale` multiplies the scores; None: d^-0.5. `heads` is a multiple of `groups`; the dtype is any
+    floating one.
     """
     size, value_size = query.shape[-1], value.shape[-1]
     scale = size**-0.5 if scale is None else scale
@@ -56,16 +57,17 @@ class _SegmentAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        causal: Sequence[Span],
+        causal: Sequence[tuple[Span, Span]],
         contexts: Sequence[tuple[Span, Span]],
         scale: float,
     ) -> Tensor:
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         lse = query.new_zeros(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
-        for span in causal:
-            own, own_lse = _flash(*(_laid(part, span) for part in (query, key, value)), 0.0, True, scale=scale)
-            _laid(out, span).copy_(own)
-            lse[slice(*span)] = own_lse[0].T
+        for queries, keys in causal:
+            arguments = _laid(query, queries), _laid(key, keys), _laid(value, keys)
+            own, own_lse = _flash(*arguments, 0.0, True, scale=scale)
+            _laid(out, queries).copy_(own)
+            lse[slice(*queries)] = own_lse[0].T
         for queries, keys in contexts:
             arguments = _laid(query, queries), _laid(key, keys), _laid(value, keys)
             other, other_lse = _flash(*arguments, 0.0, False, scale=scale)
@@ -84,7 +86,7 @@ class _SegmentAttention(torch.autograd.Function):
         causal, contexts = ctx.spans
         grad_out = grad_out.contiguous()
         grads = tuple(torch.zeros_like(part, memory_format=torch.contiguous_format) for part in (query, key, value))
-        parts = [(span, span, True) for span in causal] + [(queries, keys, False) for queries, keys in contexts]
+        parts = [(*spans, True) for spans in causal] + [(*spans, False) for spans in contexts]
         for queries, keys, is_causal in parts:
             of_part = _flash_backward(
                 _laid(grad_out, queries),

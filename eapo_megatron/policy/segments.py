@@ -6,7 +6,8 @@ A response sees its prompt and, causally, itself; its positions go on from the p
 a response but the last. What it makes of a prompt's last token predicts the first token of every response behind it.
 
 `Segments` takes this to the layers as Megatron's `packed_seq_params`, which are handed on by closure: they survive
-recomputation, and several micro-batches in flight in a pipeline.
+recomputation, and several micro-batches in flight in a pipeline. Under context parallelism a rank has some of the
+places alone (`context_parallel`); attention gathers the keys and values of all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from eapo_megatron.policy.context_parallel import ALONE, Context, Cut, cut
 from eapo_megatron.policy.segment_attention import Span
 
 
@@ -35,6 +37,11 @@ class Part:
         return self.prompt + sum(self.read_of_responses)
 
     @property
+    def pieces(self) -> list[int]:
+        """Lengths of the prompt and of what the model reads of each response, where that is any."""
+        return [self.prompt, *filter(None, self.read_of_responses)]
+
+    @property
     def read_of_responses(self) -> tuple[int, ...]:
         """Of each response, the tokens that the model reads: all but the last."""
         return tuple(length - 1 for length in self.responses)
@@ -42,11 +49,16 @@ class Part:
 
 @dataclass(kw_only=True)
 class Segments(PackedSeqParams):
-    """Positions of the T places of a packed row, and which of them see which (`segment_attention`)."""
+    """Positions of this rank's t places of a packed row, and which of the row's places they see (`segment_attention`).
 
-    positions: Tensor  # int64 [T], of each token in its prompt and response
-    causal: Sequence[Span]
+    Spans of queries are of the rank's own places, spans of keys of the row's.
+    """
+
+    positions: Tensor  # int64 [t], of each token in its prompt and response
+    causal: Sequence[tuple[Span, Span]]
     contexts: Sequence[tuple[Span, Span]]
+    context: Context = ALONE
+    order: Tensor | None = None  # int64 [N]: of the row's tokens, their places among those gathered; None: as they are
 
     def __post_init__(self) -> None:
         self.qkv_format = "segments"  # none of Megatron's own, which would want lengths
@@ -55,29 +67,54 @@ class Segments(PackedSeqParams):
         self.max_seqlen_q = self.max_seqlen_kv = 1 << (longest - 1).bit_length()
 
     def of_positions(self, table: Tensor) -> Tensor:
-        """The rows of a rotary table [length, 1, 1, d] at these positions, [T, 1, 1, d]."""
+        """The rows of a rotary table [length, 1, 1, d] at these positions, [t, 1, 1, d]."""
         return table.index_select(0, self.positions)
 
+    def of_row(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The row's keys [N, groups, d] and values [N, groups, dv], from this rank's [t, groups, ...]."""
+        if self.order is None:
+            return key, value
+        both = self.context.gathered(torch.cat((key, value), dim=-1)).index_select(0, self.order)
+        keys, values = both.split((key.shape[-1], value.shape[-1]), dim=-1)
+        return keys, values
 
-def segments_of(parts: Sequence[Part], width: int, device: torch.device) -> Segments:
-    """The parts one after another in a row of `width` places; those behind them see nothing."""
+
+def cut_of(parts: Sequence[Part], context: Context) -> Cut:
+    """How the row of these parts, one after another, is divided over the ranks of the context."""
+    return cut([length for part in parts for length in part.pieces], context.size)
+
+
+def segments_of(
+    parts: Sequence[Part], of_row: Cut, width: int, device: torch.device, context: Context = ALONE
+) -> Segments:
+    """A rank's places of the parts' row, one after another, in `width` places; those behind them see nothing."""
     positions: list[Tensor] = []
-    causal: list[Span] = []
+    causal: list[tuple[Span, Span]] = []
     contexts: list[tuple[Span, Span]] = []
-    place = 0
+    place = start = 0  # among the rank's places; in the row
+    pieces = iter(of_row.pieces)
     for part in parts:
-        prompt = (place, place + part.prompt)
-        lengths = [length for length in part.read_of_responses if length]
-        positions += [torch.arange(part.prompt), *(torch.arange(length) + part.prompt for length in lengths)]
-        causal.append(prompt)
-        place = prompt[1]
-        for length in lengths:
-            causal.append((place, place + length))
-            place += length
-        if lengths:
-            contexts.append(((prompt[1], place), prompt))
+        prompt, behind_prompt = (start, start + part.prompt), place
+        for number, length in enumerate(part.pieces):
+            for rank, first, last in next(pieces):
+                if rank != context.rank:
+                    continue
+                own = (place, place + last - first)
+                causal.append((own, (start + first, start + last)))
+                if first:
+                    contexts.append((own, (start, start + first)))
+                positions.append(torch.arange(first, last) + (part.prompt if number else 0))
+                place = own[1]
+            start += length
+            if number == 0:
+                behind_prompt = place
+        if place > behind_prompt:
+            contexts.append(((behind_prompt, place), prompt))
     positions.append(torch.zeros(width - place, dtype=torch.int64))
-    return Segments(positions=torch.cat(positions).to(device), causal=causal, contexts=contexts)
+    order = None if context.size == 1 else (of_row.owners * width + of_row.places()).to(device)
+    return Segments(
+        positions=torch.cat(positions).to(device), causal=causal, contexts=contexts, context=context, order=order
+    )
 
 
 def places_before_responses(parts: Sequence[Part]) -> Tensor:

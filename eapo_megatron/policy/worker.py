@@ -18,6 +18,7 @@ from torch import Tensor
 from eapo_megatron.algorithms import Algorithm, LossInputs
 from eapo_megatron.config import Recipe
 from eapo_megatron.policy.batching import Batch, MicroBatch, TokenData, data_parallel_share, micro_batches
+from eapo_megatron.policy.context_parallel import ALONE
 from eapo_megatron.policy.optimizer import PolicyOptimizer
 from eapo_megatron.policy.packs import Budget, packed_micro_batches
 from eapo_megatron.policy.policy_model import HeadTargets, Policy
@@ -38,7 +39,8 @@ class PolicyWorker:
     """Runs the policy on batches. Log-probs and entropies are at `temperature` over the real vocabulary.
 
     Its micro-batches are of at most `micro_batch_size` responses: a row each, or packed in one row of at most
-    `micro_batch_tokens` (None: any number). Packed, responses without a gradient stay out of updates.
+    `micro_batch_tokens` (None: any number). Packed, responses without a gradient stay out of updates, and
+    context-parallel ranks hold a row together; padded, they have rows of their own, as data-parallel ranks do.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class PolicyWorker:
         self.packing = packing
         self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
+        self.context = policy.runtime.context if packing == "segments" else ALONE
         policy.config.finalize_model_grads_func = finalize_model_grads
         self.routes = (
             RoutingReplay(policy.chunks, sequence_parallel=policy.config.sequence_parallel)
@@ -147,7 +150,8 @@ class PolicyWorker:
         def loss(micro: MicroBatch, outputs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             if not micro.rows_in_batch.numel():
                 return outputs.sum(), _nothing(outputs).int(), {}
-            log_probs, entropies = (micro.to_responses(values) for values in outputs)
+            of_rank = torch.stack([micro.to_responses(values) for values in outputs])
+            log_probs, entropies = self.context.completed(of_rank)
             own = tokens.of(micro.rows_in_batch, micro.mask.shape[1]).known()
             of_loss = {name: values for name, values in own.items() if name in LOSS_FIELDS}
             result = algorithm.loss(LossInputs(log_probs=log_probs, entropies=entropies, mask=micro.mask, **of_loss))
@@ -160,7 +164,7 @@ class PolicyWorker:
         with self._replaying(batch, rows) as routed:
             outputs = self._run(micros, loss, forward_only=False, entropy_grad=entropy_grad)
         local: Counter[str] = Counter({f"routing/{name}": float(count) for name, count in routed.items()})
-        if self.policy.runtime.reports_last_stage:
+        if self.policy.runtime.reports_last_stage and self.context.rank == 0:  # each of its ranks has the same
             for metrics in outputs:
                 local.update({name: float(value) for name, value in metrics.items()})
         summed: Counter[str] = Counter()
@@ -210,9 +214,10 @@ class PolicyWorker:
                 batch,
                 rows,
                 Budget(self.micro_batch_size, self.micro_batch_tokens),
-                replica=runtime.data_parallel_rank,
-                replicas=runtime.data_parallel_size,
+                replica=runtime.data_parallel_rank // self.context.size,
+                replicas=runtime.data_parallel_size // self.context.size,
                 in_step=in_step,
+                context=self.context,
                 **shape,
             )
         share = data_parallel_share(batch, rows, runtime.data_parallel_rank, runtime.data_parallel_size)

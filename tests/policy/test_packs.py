@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,19 +15,24 @@ from random_rollouts import CPU, kept_lists, random_batch
 from torch import Tensor
 
 from eapo_megatron.policy.batching import Batch, MicroBatch, make_batch
+from eapo_megatron.policy.context_parallel import Context, cut
 from eapo_megatron.policy.packs import Budget, packed_micro_batches, parts_of
 from eapo_megatron.policy.responses import Responses
 
 
-def seen(micro: MicroBatch) -> Tensor:
-    """Bool [T, T]: which place sees which, from the spans."""
-    assert micro.segments is not None
-    width = micro.input_ids.shape[1]
-    sees = torch.zeros(width, width, dtype=torch.bool)
-    for start, end in micro.segments.causal:
-        sees[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-    for (start, end), (first, last) in micro.segments.contexts:
-        sees[start:end, first:last] = True
+def seen(micros: Sequence[MicroBatch]) -> Tensor:
+    """Bool [size * t, size * t]: which place of the ranks' places side by side sees which, from the spans."""
+    width = micros[0].input_ids.shape[1]
+    sees = torch.zeros(width * len(micros), width * len(micros), dtype=torch.bool)
+    for rank, micro in enumerate(micros):
+        assert micro.segments is not None
+        order = torch.arange(width) if micro.segments.order is None else micro.segments.order
+        for (start, end), (first, last) in micro.segments.causal:
+            assert order[first:last].tolist() == list(range(rank * width + start, rank * width + end))
+            for query, key in zip(range(start, end), range(first, last), strict=True):
+                sees[rank * width + query, order[first : key + 1]] = True
+        for (start, end), (first, last) in micro.segments.contexts:
+            sees[rank * width + start : rank * width + end, order[first:last]] = True
     return sees
 
 
@@ -41,84 +47,128 @@ budgets = st.builds(Budget, st.integers(1, 6), st.sampled_from([None, 9, 16, 40]
 
 
 @given(
-    st.integers(0, 2**32), budgets, st.integers(1, 3), st.booleans(), st.sampled_from([1, 4]), st.sampled_from([0, 2])
+    st.integers(0, 2**32),
+    budgets,
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from([1, 4]),
+    st.sampled_from([0, 2]),
 )
 def test_every_response_is_in_one_pack_behind_its_prompt(
-    seed: int, budget: Budget, replicas: int, in_step: bool, multiple: int, interleave: int
+    seed: int, budget: Budget, replicas: int, context: int, in_step: bool, multiple: int, interleave: int
 ) -> None:
     batch = random_batch(random.Random(seed), 4)
     rows = random.Random(seed).sample(range(batch.size), batch.size - 1)
-    of_replicas = [
-        packed_micro_batches(
-            batch,
-            rows,
-            budget,
-            replica=replica,
-            replicas=replicas,
-            in_step=in_step,
-            length_multiple=multiple,
-            interleave=interleave,
-        )
-        for replica in range(replicas)
-    ]
+    of_replicas = []
+    for replica in range(replicas):
+        of_ranks = [
+            packed_micro_batches(
+                batch,
+                rows,
+                budget,
+                replica=replica,
+                replicas=replicas,
+                in_step=in_step,
+                length_multiple=multiple,
+                interleave=interleave,
+                context=Context(rank, context),
+            )
+            for rank in range(context)
+        ]
+        of_replicas.append(list(zip(*of_ranks, strict=True)))
     lengths = batch.responses.lengths.tolist()
-    packed = [row for micros in of_replicas for micro in micros for row in micro.rows_in_batch.tolist()]
+    packed = [row for packs in of_replicas for pack in packs for row in pack[0].rows_in_batch.tolist()]
     assert sorted(packed) == sorted(row for row in rows if lengths[row])
-    assert all(micros for micros in of_replicas)
+    assert all(packs for packs in of_replicas)
     if in_step:
-        assert len({len(micros) for micros in of_replicas}) == 1
-    for micros in of_replicas:
+        assert len({len(packs) for packs in of_replicas}) == 1
+    for packs in of_replicas:
         if interleave:
-            assert len(micros) % interleave == 0
-            assert len({micro.input_ids.shape for micro in micros}) == 1
-        for micro in micros:
-            assert micro.input_ids.shape[1] % multiple == 0
-            count, tokens = len(micro.rows_in_batch), int(micro.lengths)
+            assert len(packs) % interleave == 0
+            assert len({micro.input_ids.shape for pack in packs for micro in pack}) == 1
+        for pack in packs:
+            assert len({micro.input_ids.shape for micro in pack}) == 1
+            assert pack[0].input_ids.shape[1] % multiple == 0
+            count, tokens = len(pack[0].rows_in_batch), sum(int(micro.lengths) for micro in pack)
             assert count <= budget.responses
             assert count <= 1 or budget.tokens is None or tokens <= budget.tokens
-            check_tokens(batch, micro)
-            check_routes(batch, micro)
+            check_tokens(batch, pack)
+            check_routes(batch, pack)
 
 
-def check_tokens(batch: Batch, micro: MicroBatch) -> None:
-    """Each response token is predicted from its prompt and the tokens before it, at their positions, and no others."""
-    (ids,), (positions,), sees = micro.input_ids, micro.position_ids, seen(micro)
-    rows = micro.rows_in_batch.tolist()
-    tokens = batch.responses.token_lists()
-    assert micro.targets.tolist() == [token for row in rows for token in tokens[row]]
-    assert torch.equal(micro.mask, batch.mask[rows, : micro.mask.shape[1]])
-    assert not micro.head_positions[0].any()
-    places = iter(micro.head_positions[1].tolist())
-    for row in rows:
-        for number in range(len(tokens[row])):
-            sight = sees[next(places)]
-            before = batch.prompts[row] + tokens[row][:number]
-            assert positions[sight].tolist() == list(range(len(before)))
-            assert ids[sight].tolist() == before
-    assert next(places, None) is None
-    assert micro.kept is not None
-    sets: list[list[int]] = [[] for _ in micro.targets]
-    for place, token in zip(*(part.tolist() for part in micro.kept), strict=True):
-        sets[place].append(token)
-    assert sets == [kept for row in rows for kept in kept_lists(batch.responses)[row]]
-    assert not sees[int(micro.lengths) :].any()
-    assert not sees[:, int(micro.lengths) :].any()
+def check_tokens(batch: Batch, pack: Sequence[MicroBatch]) -> None:
+    """Each response token is predicted on one rank, from its prompt and the tokens before it, and no others."""
+    width, sees = pack[0].input_ids.shape[1], seen(pack)
+    ids, positions = (torch.cat([part[0] for part in of_ranks]) for of_ranks in zip(*map(_tokens, pack), strict=True))
+    rows = pack[0].rows_in_batch.tolist()
+    tokens, kept = batch.responses.token_lists(), kept_lists(batch.responses)
+    predicted = torch.zeros(batch.mask[rows, : pack[0].mask.shape[1]].shape, dtype=torch.int64)
+    for rank, micro in enumerate(pack):
+        assert micro.predicted is not None
+        assert micro.kept is not None
+        assert micro.rows_in_batch.tolist() == rows
+        assert torch.equal(micro.mask, batch.mask[rows, : micro.mask.shape[1]])
+        predicted += micro.predicted
+        sets: list[list[int]] = [[] for _ in micro.targets]
+        for place, token in zip(*(part.tolist() for part in micro.kept), strict=True):
+            sets[place].append(token)
+        assert not micro.head_positions[0].any()
+        heads = zip(micro.head_positions[1].tolist(), micro.targets.tolist(), sets, strict=True)
+        for (index, number), (place, target, kept_here) in zip(micro.predicted.nonzero().tolist(), heads, strict=True):
+            row = rows[index]
+            sight = sees[rank * width + place]
+            found = sorted(zip(positions[sight].tolist(), ids[sight].tolist(), strict=True))
+            assert found == list(enumerate(batch.prompts[row] + tokens[row][:number]))
+            assert target == tokens[row][number]
+            assert kept_here == kept[row][number]
+        padding = slice(rank * width + int(micro.lengths), (rank + 1) * width)
+        assert not sees[padding].any()
+        assert not sees[:, padding].any()
+    assert torch.equal(predicted, pack[0].mask.long())
 
 
-def check_routes(batch: Batch, micro: MicroBatch) -> None:
+def _tokens(micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    return micro.input_ids, micro.position_ids
+
+
+def check_routes(batch: Batch, pack: Sequence[MicroBatch]) -> None:
     """A response's tokens have its own routes, a prompt's those of one of its responses; padding the first experts."""
-    assert micro.routes is not None
+    width, sees = pack[0].input_ids.shape[1], seen(pack)
     routes = batch.responses.routes.split(batch.responses.read_counts.tolist())
-    (of_places,), sees = micro.routes, seen(micro)
-    assert (of_places[int(micro.lengths) :] == torch.arange(3)).all()
-    starts = micro.mask.sum(1).cumsum(0) - 1
-    for row, last in zip(micro.rows_in_batch.tolist(), starts.tolist(), strict=True):
-        sight = sees[micro.head_positions[1][last]]
-        prompt = len(batch.prompts[row])
-        own = of_places[sight]
-        assert torch.equal(own[prompt:], routes[row][prompt:])
-        mates = [other for other in micro.rows_in_batch.tolist() if batch.group_ids[other] == batch.group_ids[row]]
-        assert any(torch.equal(own[:prompt], routes[mate][:prompt]) for mate in mates)
+    of_places = torch.cat([micro.routes[0] for micro in pack])
+    positions = torch.cat([micro.position_ids[0] for micro in pack])
+    rows = pack[0].rows_in_batch.tolist()
+    for rank, micro in enumerate(pack):
+        assert (micro.routes[0, int(micro.lengths) :] == torch.arange(3)).all()
+        places = dict(
+            zip(map(tuple, micro.predicted.nonzero().tolist()), micro.head_positions[1].tolist(), strict=True)
+        )
+        for index, row in enumerate(rows):
+            if (place := places.get((index, int(batch.responses.lengths[row]) - 1))) is None:
+                continue
+            sight = sees[rank * width + place].nonzero().squeeze(-1)
+            own = of_places[sight[positions[sight].argsort()]]
+            prompt = len(batch.prompts[row])
+            assert torch.equal(own[prompt:], routes[row][prompt:])
+            mates = [other for other in rows if batch.group_ids[other] == batch.group_ids[row]]
+            assert any(torch.equal(own[:prompt], routes[mate][:prompt]) for mate in mates)
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=12), st.integers(2, 8))
+def test_context_ranks_have_equal_tokens_and_equal_attention(lengths: list[int], size: int) -> None:
+    of_row = cut(lengths, size)
+    tokens, work = [0] * size, [0] * size
+    for length, runs in zip(lengths, of_row.pieces, strict=True):
+        assert [run.first for run in runs] == [0, *(run.last for run in runs[:-1])]
+        assert runs[-1].last == length
+        for rank, first, last in runs:
+            tokens[rank] += last - first
+            work[rank] += sum(range(first + 1, last + 1))  # the keys that each query sees
+    assert max(tokens) == of_row.most
+    assert max(tokens) - min(tokens) <= 2
+    longest = max(lengths)
+    assert max(work) - sum(work) / size <= 3 * longest + 0.01 * sum(work) / size
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4))
@@ -146,7 +196,7 @@ def test_no_responses_are_one_pack_of_padding() -> None:
     (micro,) = packed_micro_batches(batch, [], Budget(8), replica=0, replicas=1, length_multiple=4)
     assert micro.input_ids.shape == (1, 4)
     assert not micro.rows_in_batch.numel()
-    assert not seen(micro).any()
+    assert not seen([micro]).any()
 
 
 @pytest.mark.parametrize("interleave", [0, 4])

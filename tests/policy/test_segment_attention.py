@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    """Softmax of all scores under a mask [T, T], True where a key is seen; rows that see nothing give zeros."""
+    """Softmax of all scores under a mask [T, S], True where a key is seen; rows that see nothing give zeros."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
@@ -25,29 +26,52 @@ def dense(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: flo
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
-def random_spans(source: random.Random) -> tuple[int, list[Span], list[tuple[Span, Span]]]:
-    """Prompts, each followed by its responses, of which some have no tokens of their own; then unused places."""
-    causal: list[Span] = []
-    contexts: list[tuple[Span, Span]] = []
-    place = 0
+class Row(NamedTuple):
+    """Some or all of a row's places as queries, with the spans of their keys among all places."""
+
+    length: int
+    queries: list[int]  # their places in the row
+    causal: list[tuple[Span, Span]]
+    contexts: list[tuple[Span, Span]]
+
+
+def random_row(source: random.Random) -> Row:
+    """Prompts, each followed by its responses, of which some have no tokens of their own; then unused places.
+
+    Of some of them only the last tokens are queries.
+    """
+    row = Row(0, [], [], [])
+    length = 0
+
+    def add(size: int) -> None:
+        nonlocal length
+        begins = length + source.choice((0, source.randrange(size)))
+        own = (len(row.queries), len(row.queries) + length + size - begins)
+        row.queries.extend(range(begins, length + size))
+        row.causal.append((own, (begins, length + size)))
+        if begins > length:
+            row.contexts.append((own, (length, begins)))
+        length += size
+
     for _ in range(source.randint(0, 3)):
-        prompt = (place, place + source.randint(1, 40))
-        causal.append(prompt)
-        place = first = prompt[1]
-        for length in [source.choice((0, 1, 2, 7, 33)) for _ in range(source.randint(0, 4))]:
-            if length:
-                causal.append((place, place + length))
-                place += length
-        if place > first:
-            contexts.append(((first, place), prompt))
-    return place + source.randint(0 if place else 1, 3), causal, contexts
+        prompt = (length, length + source.randint(1, 40))
+        add(prompt[1] - prompt[0])
+        behind = len(row.queries)
+        for size in [source.choice((0, 1, 2, 7, 33)) for _ in range(source.randint(0, 4))]:
+            if size:
+                add(size)
+        if len(row.queries) > behind:
+            row.contexts.append(((behind, len(row.queries)), prompt))
+    unused = source.randint(0 if length else 1, 3)
+    row.queries.extend(range(length, length + unused))
+    return row._replace(length=length + unused)
 
 
-def allowed_by(length: int, causal: list[Span], contexts: list[tuple[Span, Span]]) -> Tensor:
-    allowed = torch.zeros(length, length, dtype=torch.bool)
-    for start, end in causal:
-        allowed[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-    for (start, end), (first, last) in contexts:
+def allowed_by(row: Row) -> Tensor:
+    allowed = torch.zeros(len(row.queries), row.length, dtype=torch.bool)
+    for (start, end), (first, last) in row.causal:
+        allowed[start:end, first:last] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+    for (start, end), (first, last) in row.contexts:
         allowed[start:end, first:last] = True
     return allowed
 
@@ -55,20 +79,24 @@ def allowed_by(length: int, causal: list[Span], contexts: list[tuple[Span, Span]
 def compared(seed: int, dtype: torch.dtype, sizes: tuple[int, int], scale: float | None) -> list[tuple[Tensor, Tensor]]:
     """Output and gradients, with those of the dense form in float64."""
     source = random.Random(seed)
-    length, causal, contexts = random_spans(source)
+    row = random_row(source)
     groups, repeats = source.randint(1, 3), source.randint(1, 3)
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(heads: int, size: int) -> Tensor:
+    def draw(length: int, heads: int, size: int) -> Tensor:
         return torch.randn(length, heads, size, generator=generator, dtype=torch.float64).to(dtype)
 
     size, value_size = sizes
-    inputs = [draw(groups * repeats, size), draw(groups, size), draw(groups, value_size)]
-    grad = draw(groups * repeats, value_size)
+    inputs = [
+        draw(len(row.queries), groups * repeats, size),
+        draw(row.length, groups, size),
+        draw(row.length, groups, value_size),
+    ]
+    grad = draw(len(row.queries), groups * repeats, value_size)
     ours = [part.clone().requires_grad_() for part in inputs]
-    out = segment_attention(*ours, causal, contexts, scale=scale)
+    out = segment_attention(*ours, row.causal, row.contexts, scale=scale)
     exact = [part.double().requires_grad_() for part in inputs]
-    expected = dense(*exact, allowed_by(length, causal, contexts), scale or size**-0.5)
+    expected = dense(*exact, allowed_by(row), scale or size**-0.5)
     return [
         (out, expected),
         *zip(torch.autograd.grad(out, ours, grad), torch.autograd.grad(expected, exact, grad.double()), strict=True),

@@ -1,4 +1,4 @@
-"""One rank of a launch with packed micro-batches: scores, gradients and optimizer steps, beside those of padded ones.
+"""One rank of a launch with packed micro-batches: scores, gradients and optimizer steps; of PADDED, of padded ones too.
 
 Arguments: the folder of the models, the folder for the results, the names of the layouts.
 """
@@ -34,6 +34,7 @@ from layouts import (
     PACKED,
     PACKED_SILENT,
     PACKED_STEPS,
+    PADDED,
     SILENT_ROWS,
     TEMPERATURE,
     old_policy_offsets,
@@ -41,8 +42,8 @@ from layouts import (
     training_batch,
 )
 
-FORMS = ("padded", "segments")
 WITH_ENTROPY = {"loss": {"entropy_coef": 0.01}}
+OF_RESPONSES = {"loss": {"name": "gspo", "aggregation": "seq_mean_token_mean", "eps_low": 0.1, "eps_high": 0.1}}
 
 
 def measure(name: str, models: Path) -> tuple[Runtime, dict[str, Any]]:
@@ -53,7 +54,8 @@ def measure(name: str, models: Path) -> tuple[Runtime, dict[str, Any]]:
     model = Model(path=str(source.folder), recompute=layout.recompute, dtype="float32", head=Head(backend=layout.head))
     policy = build_policy(source.hf_config, model, parallel, runtime)
     results: dict[str, Any] = {}
-    for form in FORMS:
+    alone = name in PADDED.values()
+    for form in ("padded", "segments") if alone else ("segments",):
         load_weights(policy.modules, policy.hf_config, source)
         size = layout.micro_batch_size if form == "segments" else 4
         budget = layout.micro_batch_tokens if form == "segments" else None
@@ -65,12 +67,13 @@ def measure(name: str, models: Path) -> tuple[Runtime, dict[str, Any]]:
         results[form] = {
             "gradients": gradients(worker, batch, inputs),
             "ragged": gradients(worker, ragged, inputs_of(worker, ragged), WITH_ENTROPY),
+            "of responses": gradients(worker, batch, inputs, OF_RESPONSES),
         }
-        if name in PACKED_SILENT:
+        if name in PACKED_SILENT or alone:
             results[form]["silent"] = silent(worker, batch, inputs)
         if layout.head == "logits":
             results[form]["kept"] = gradients(worker, with_every_token_kept(batch), inputs)
-        if name in PACKED_STEPS:
+        if name in PACKED_STEPS or alone:
             settings = Optimizer(lr_decay_style="linear", lr_decay_steps=DECAY_STEPS, **OPTIMIZERS[layout.optimizer])
             results[form]["steps"] = steps(worker, batch, inputs, settings)
     return runtime, results
