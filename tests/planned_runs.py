@@ -71,6 +71,8 @@ class Run:
     optimizer: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
     micro_batch_size: int = 2
+    packing: str = "padded"
+    micro_batch_tokens: int | None = None
 
 
 SHARDED = {"use_distributed_optimizer": True}
@@ -107,6 +109,17 @@ RUNS: dict[str, Run] = {
     "EP2, distributed optimizer": Run(2, model="qwen3_moe", parallel=EP2 | SHARDED, dtype=BF16),
     "EP2, full recompute": Run(2, model="qwen3_moe", parallel=EP2, recompute="full"),
 }
+CP2 = {"context_parallel_size": 2}
+RUNS |= {
+    "packed": Run(1, micro_batch_size=8, packing="segments"),
+    "DP2, packed": Run(2, micro_batch_size=3, packing="segments"),  # groups are split
+    "TP2 SP, packed": Run(2, parallel=TP2_SP, micro_batch_size=8, packing="segments"),
+    "CP2": Run(2, parallel=CP2, dtype=BF16, micro_batch_size=8, packing="segments"),
+    "CP2, full recompute": Run(
+        2, model="qwen3", parallel=CP2 | SHARDED, recompute="full", packing="segments", micro_batch_tokens=300
+    ),
+    "CP2, selective recompute": Run(2, parallel=CP2, recompute="selective", micro_batch_size=4, packing="segments"),
+}
 # What a layer holds for backward, by family and recomputation.
 ACTIVATION_RUNS = {
     f"{model}, {recompute}, {dtype}, {micro_batch_size}": Run(
@@ -116,6 +129,20 @@ ACTIVATION_RUNS = {
     for recompute in ("none", "selective", "full")
     for dtype, micro_batch_size in (("float32", 1), ("bfloat16", 2))
 }
+ACTIVATION_RUNS |= {
+    f"{model}, {recompute}, packed, CP{size}": Run(
+        size,
+        model=model,
+        recompute=recompute,
+        parallel={"context_parallel_size": size},
+        micro_batch_size=4,
+        packing="segments",
+    )
+    for model in (*MODELS, "deepseek_v3, narrow values")
+    for recompute in ("none", "selective")
+    for size in (1, 2)
+}
+MODELS["deepseek_v3, narrow values"] = MODELS["deepseek_v3"] | {"v_head_dim": 16}
 
 
 def recipe_of(run: Run) -> Recipe:
@@ -132,7 +159,13 @@ def recipe_of(run: Run) -> Recipe:
             "max_batch_size": 8,
         },
         "optimizer": run.optimizer,
-        "train": {"num_prompts_per_step": 4, "mini_batch_prompts": 2, "micro_batch_size": run.micro_batch_size},
+        "train": {
+            "num_prompts_per_step": 4,
+            "mini_batch_prompts": 2,
+            "micro_batch_size": run.micro_batch_size,
+            "packing": run.packing,
+            "micro_batch_tokens": run.micro_batch_tokens,
+        },
     }
     return parse_recipe(settings, source="planned")
 

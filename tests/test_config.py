@@ -86,6 +86,11 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
             "train={packing: segments, micro_batch_tokens: 100}",
             "train.micro_batch_tokens 100 is less than what the model reads of one response",
         ),
+        (
+            "parallel.context_parallel_size=2",
+            "parallel.context_parallel_size 2 needs train.packing segments: padded micro-batches are not divided",
+        ),
+        ("parallel.context_parallel_size=0", "parallel.context_parallel_size: input should be greater than or equal"),
         ("train.mini_batch_prompts=1000", "train.mini_batch_prompts 1000 exceeds train.num_prompts_per_step 64"),
         ("model.path=x", "model: give either path (a Hugging Face folder) or architecture"),
         ("data.train_path=x", "data: give either task (built in), train_path (a fi"),

@@ -24,7 +24,12 @@ def layer_bytes(layout: Layout, layer: Layer) -> float:
 
 def recomputed_layer_bytes(layout: Layout, layer: Layer) -> float:
     """Bytes a token that a layer holds while it is not recomputed in full."""
-    attention = _latent_attention if layout.shape.is_mla else _grouped_query_attention
+    attention = {
+        (False, False): _grouped_query_attention,
+        (False, True): _packed_grouped_query_attention,
+        (True, False): _latent_attention,
+        (True, True): _packed_latent_attention,
+    }[layout.shape.is_mla, layout.is_packed]
     mlp = _mixture if layer.is_mixture else _mlp
     return 2 * _norm(layout) + attention(layout) + mlp(layout)
 
@@ -64,6 +69,45 @@ def _latent_attention(layout: Layout) -> float:
     held = 2 * heads * (shape.key_width + shape.value_width)  # queries and keys, values and attention's output
     rotary = 4 * settings["qk_pos_emb_head_dim"] / layout.recipe.train.micro_batch_size
     log_sum_exp = 0 if layout.recipe.model.recompute == "selective" else heads
+    return dtype * (held + rotary + latents / layout.sp) + FLOAT32 * (log_sum_exp + norms / layout.sp)
+
+
+def _packed_grouped_query_attention(layout: Layout) -> float:
+    """Queries of a group read its keys where they are; context-parallel ranks hold those of all, unless recomputed."""
+    shape, dtype = layout.shape, layout.dtype_bytes
+    heads, groups = shape.heads // layout.tp, max(shape.groups // layout.tp, 1)
+    queries, keys = heads * shape.key_width, groups * shape.key_width
+    recomputes = layout.recipe.model.recompute == "selective"
+    gathers, qk_norm = layout.cp > 1 and not recomputes, shape.settings.get("qk_layernorm", False)
+    held = queries + queries  # rotated queries, attention's output
+    held += layout.cp * 2 * keys if gathers else keys  # gathered keys and values, or rotated keys
+    if qk_norm or not gathers:
+        held += queries + 2 * keys  # the linear layer's output, which values or norms look into
+    if qk_norm and heads > groups > 1:
+        held += queries  # the norm's input is a copy where a group's queries are cut out of the merged tensor
+    statistics = 0 if recomputes else heads  # log-sum-exp
+    statistics += heads + groups if qk_norm else 0
+    return dtype * (held + 4 * shape.key_width) + FLOAT32 * statistics
+
+
+def _packed_latent_attention(layout: Layout) -> float:
+    """As `_latent_attention`; the kernel wants values as wide as keys, and gives as wide an output."""
+    shape, settings, dtype = layout.shape, layout.shape.settings, layout.dtype_bytes
+    heads, recomputes = shape.heads // layout.tp, layout.recipe.model.recompute == "selective"
+    keys, values = heads * shape.key_width, heads * shape.value_width
+    queries = settings.get("q_lora_rank") or 0
+    latents = 2 * settings["kv_lora_rank"] + settings["qk_pos_emb_head_dim"] + 2 * queries  # before and behind norms
+    norms = 1 + (queries > 0)
+    held = keys + values  # queries, attention's output
+    padded = keys > values and not recomputes
+    if padded:
+        held += keys  # output as the kernel gives it
+    if layout.cp > 1 and not recomputes:
+        held += layout.cp * (keys + values + keys * padded)
+    else:
+        held += keys + (keys if padded else values)
+    rotary = 4 * settings["qk_pos_emb_head_dim"]
+    log_sum_exp = 0 if recomputes else heads
     return dtype * (held + rotary + latents / layout.sp) + FLOAT32 * (log_sum_exp + norms / layout.sp)
 
 

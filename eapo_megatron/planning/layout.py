@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from eapo_megatron.config import Parallel, Recipe
+from eapo_megatron.planning.micro_batches import MicroBatches, micro_batches
 from eapo_megatron.planning.shape import ModelShape
 from eapo_megatron.weights.families import padded_vocab_size
 
@@ -16,7 +17,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 class RankParameters:
     """Parameters on one rank."""
 
-    dense: int  # reduced over data-parallel ranks
+    dense: int  # reduced over data- and context-parallel ranks
     experts: int  # reduced over expert-data-parallel ranks
 
     @property
@@ -58,8 +59,19 @@ class Layout:
         return self.tp if self.parallel.sequence_parallel else 1
 
     @property
+    def cp(self) -> int:
+        """Ranks that hold each packed row together."""
+        return self.parallel.context_parallel_size
+
+    @property
     def dp(self) -> int:
-        return self.world_size // (self.tp * self.pp)
+        """Model replicas."""
+        return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def dp_cp(self) -> int:
+        """Ranks that hold the same weights; each of them samples prompts of its own."""
+        return self.dp * self.cp
 
     @property
     def ep(self) -> int:
@@ -98,10 +110,23 @@ class Layout:
         return -(-self.recipe.train.num_prompts_per_step // self.recipe.train.mini_batch_prompts)
 
     @property
-    def micro_batches(self) -> int:
+    def is_packed(self) -> bool:
+        return self.recipe.train.packing == "segments"
+
+    @cached_property
+    def micro_batches(self) -> MicroBatches:
         """Micro-batches of one optimizer step on one model replica."""
-        responses = self.recipe.train.mini_batch_prompts * self.recipe.rollout.num_generations_per_prompt
-        return -(-responses // (self.dp * self.recipe.train.micro_batch_size))
+        return micro_batches(self.recipe, self.dp)
+
+    @property
+    def prompt_tokens_read(self) -> int:
+        """Tokens of prompts, each copy counted, that the model reads when it scores or trains a step's responses."""
+        return self.recipe.train.num_prompts_per_step * self.micro_batches.copies * self.recipe.data.max_prompt_tokens
+
+    @property
+    def response_tokens_read(self) -> int:
+        """Tokens of responses that it reads then; of padded rows the last one counts, though nothing is made of it."""
+        return self.responses_per_step * (self.recipe.rollout.max_response_tokens - self.is_packed)
 
     @property
     def decodes_itself(self) -> bool:
@@ -125,7 +150,7 @@ class Layout:
         if not self.decodes_itself:
             return min(rollout.max_batch_size, self.responses_per_step)
         generations = rollout.num_generations_per_prompt
-        prompts = min(max(rollout.max_batch_size // generations, 1), -(-train.num_prompts_per_step // self.dp))
+        prompts = min(max(rollout.max_batch_size // generations, 1), -(-train.num_prompts_per_step // self.dp_cp))
         return prompts * generations
 
     def cached_tokens(self, batch: int) -> int:

@@ -96,22 +96,22 @@ def stage_memory(layout: Layout, stage: int) -> RankMemory:
 def optimizer_bytes(layout: Layout, stage: int) -> int:
     """Adam's two moments, or SGD's one if it has momentum, and a float32 master copy of weights of lower precision.
 
-    The distributed optimizer divides them over data-parallel ranks, experts' over expert-data-parallel ranks (ZeRO
-    stage 1, Rajbhandari et al., arXiv 1910.02054).
+    The distributed optimizer divides them over data- and context-parallel ranks, experts' over expert-data-parallel
+    ranks (ZeRO stage 1, Rajbhandari et al., arXiv 1910.02054).
     """
     optimizer, parameters = layout.recipe.optimizer, layout.parameters(stage)
     copies = 2 if optimizer.name == "adam" else int(optimizer.sgd_momentum > 0)
     copies += layout.dtype_bytes < FLOAT32
     if not layout.parallel.use_distributed_optimizer:
         return FLOAT32 * copies * parameters.total
-    dense, experts = math.ceil(parameters.dense / layout.dp), math.ceil(parameters.experts / layout.expert_dp)
+    dense, experts = math.ceil(parameters.dense / layout.dp_cp), math.ceil(parameters.experts / layout.expert_dp)
     return FLOAT32 * copies * (dense + experts)
 
 
 def activation_bytes(layout: Layout, stage: int) -> float:
     """What a stage holds for the backward passes of all micro-batches in flight, each at its full length."""
     layers = [layout.shape.layers[index] for index in layout.stages[stage]]
-    tokens = layout.sequence_length * layout.recipe.train.micro_batch_size
+    tokens = layout.micro_batches.tokens / layout.cp
     held = sum(layer_bytes(layout, layer) for layer in layers) / layout.chunks
     if stage < layout.pp - 1:
         held += layout.dtype_bytes * layout.shape.hidden_size / layout.sp  # what went to the next stage
@@ -128,8 +128,8 @@ def chunks_in_flight(layout: Layout, stage: int) -> int:
     """
     behind = layout.pp - stage - 1
     if layout.chunks == 1:
-        return min(layout.micro_batches, behind + 1)
-    micro_batches = -(-layout.micro_batches // layout.pp) * layout.pp
+        return min(layout.micro_batches.count, behind + 1)
+    micro_batches = -(-layout.micro_batches.count // layout.pp) * layout.pp
     return min(micro_batches * layout.chunks, 2 * behind + (layout.chunks - 1) * layout.pp + 1)
 
 
@@ -138,16 +138,16 @@ def head_bytes(layout: Layout) -> float:
 
     The fused head holds nothing of the size of the vocabulary.
     """
-    recipe, hidden, dtype = layout.recipe, layout.shape.hidden_size, layout.dtype_bytes
-    sequence = layout.sequence_length * (dtype * hidden + FLOAT32) / layout.sp
-    responses = recipe.rollout.max_response_tokens * hidden * (2 * dtype + FLOAT32)
-    return recipe.train.micro_batch_size * (sequence + responses)
+    micro, hidden, dtype = layout.micro_batches, layout.shape.hidden_size, layout.dtype_bytes
+    sequence = micro.tokens * (dtype * hidden + FLOAT32) / layout.sp
+    responses = micro.answered * hidden * (2 * dtype + FLOAT32)
+    return (sequence + responses) / layout.cp
 
 
 def logits_bytes(layout: Layout) -> int:
     """The logits of a micro-batch's response tokens and their gradient."""
-    tokens = layout.recipe.train.micro_batch_size * layout.recipe.rollout.max_response_tokens
-    return 2 * layout.dtype_bytes * tokens * layout.padded_vocab_size // layout.tp
+    entries = layout.micro_batches.answered * layout.padded_vocab_size
+    return 2 * layout.dtype_bytes * entries // (layout.tp * layout.cp)
 
 
 def kv_cache_bytes(layout: Layout) -> int:

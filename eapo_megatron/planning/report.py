@@ -41,7 +41,7 @@ def _teraflops(count: float) -> str:
 
 
 def _sizes(layout: Layout) -> str:
-    sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.chunks, "DP": layout.dp, "EP": layout.ep}
+    sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.chunks, "CP": layout.cp, "DP": layout.dp, "EP": layout.ep}
     shown = [f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP")]
     if layout.etp != layout.tp:
         shown.append(f"ETP {layout.etp}")
@@ -64,7 +64,9 @@ def _memory_table(plan: Plan) -> Table:
         "gradients": (memory.gradients, "float32"),
         "optimizer": (
             memory.optimizer,
-            "over data-parallel ranks" if layout.parallel.use_distributed_optimizer else "complete on every rank",
+            f"over {'data- and context-parallel' if layout.cp > 1 else 'data-parallel'} ranks"
+            if layout.parallel.use_distributed_optimizer
+            else "complete on every rank",
         ),
         "reference policy": (
             memory.reference,
@@ -72,7 +74,7 @@ def _memory_table(plan: Plan) -> Table:
         ),
         "training: activations": (
             memory.activations,
-            f"micro-batch {recipe.train.micro_batch_size} x {layout.sequence_length} tokens",
+            _micro_batch(layout),
         ),
         "training: fused head": (
             memory.head,
@@ -104,6 +106,15 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
+def _micro_batch(layout: Layout) -> str:
+    if not layout.is_packed:
+        return f"micro-batch {layout.recipe.train.micro_batch_size} x {layout.sequence_length} tokens"
+    micro = layout.micro_batches
+    shared = f" over {layout.cp} ranks" if layout.cp > 1 else ""
+    responses = micro.answered // layout.recipe.rollout.max_response_tokens
+    return f"pack of {responses} responses, {micro.tokens} tokens{shared}"
+
+
 def _engine_place(layout: Layout) -> str:
     return "on the first stage" if layout.hosts_engine else "on vLLM's own nodes"
 
@@ -111,12 +122,12 @@ def _engine_place(layout: Layout) -> str:
 def _work_table(plan: Plan) -> Table:
     """Per rank; a group of one rank sends nothing."""
     layout = plan.layout
-    table = Table("one step", "TFLOP", "TP sends", "PP sends", "DP sends", "EP sends", box=box.SIMPLE)
+    groups = ["tp", "pp", "dp", "ep", *(["cp"] if layout.cp > 1 else [])]
+    table = Table("one step", "TFLOP", *(f"{group.upper()} sends" for group in groups), box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for phase, work in plan.work.items():
-        sent = work.traffic
-        sizes = [sent.tp, sent.pp, sent.dp, sent.ep]
+        sizes = [getattr(work.traffic, group) for group in groups]
         table.add_row(
             phase,
             _teraflops(work.flops / layout.world_size),

@@ -62,22 +62,30 @@ def _candidates(recipe: Recipe, cluster: Cluster, shape: ModelShape) -> list[Rec
     found: list[tuple[tuple, Recipe]] = []
     for recompute in dict.fromkeys((recipe.model.recompute, "full")):
         model = recipe.model.model_copy(update={"recompute": recompute})
-        for tp in _powers(min(cluster.gpus_per_node, MAX_TENSOR_PARALLEL)):
-            for pp in _powers(min(cluster.world_size // tp, layers)):
+        for tp, cp in _tensor_and_context_sizes(recipe, cluster):
+            for pp in _powers(min(cluster.world_size // (tp * cp), layers)):
                 for ep, etp in _expert_sizes(cluster.world_size // pp, shape.num_experts):
                     parallel = Parallel(
                         tensor_model_parallel_size=tp,
                         pipeline_model_parallel_size=pp,
+                        context_parallel_size=cp,
                         num_layers_in_last_pipeline_stage=_shorter_last_stage(layers, pp),
                         sequence_parallel=tp > 1,
                         expert_model_parallel_size=ep,
                         expert_tensor_parallel_size=etp,
                         use_distributed_optimizer=True,
                     )
-                    preference = (recompute != recipe.model.recompute, tp * pp, pp, ep, etp is not None)
+                    preference = (recompute != recipe.model.recompute, tp * pp, cp, pp, ep, etp is not None)
                     update = {"cluster": cluster, "model": model, "parallel": parallel}
                     found.append((preference, recipe.model_copy(update=update)))
     return [candidate for _, candidate in sorted(found, key=lambda entry: entry[0])]
+
+
+def _tensor_and_context_sizes(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[int, int]]:
+    """Context parallelism divides packed micro-batches alone."""
+    for tp in _powers(min(cluster.gpus_per_node, MAX_TENSOR_PARALLEL)):
+        for cp in _powers(cluster.world_size // tp) if recipe.train.packing == "segments" else (1,):
+            yield tp, cp
 
 
 def _expert_sizes(ranks: int, num_experts: int) -> Iterator[tuple[int, int | None]]:

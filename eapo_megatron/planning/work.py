@@ -21,8 +21,9 @@ class Traffic:
 
     tp: float = 0.0  # tensor parallel; for experts, expert-tensor parallel
     pp: float = 0.0
-    dp: float = 0.0  # data parallel; for experts, expert-data parallel
+    dp: float = 0.0  # data and context parallel; for experts, expert-data parallel
     ep: float = 0.0
+    cp: float = 0.0  # keys and values
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -32,7 +33,7 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        return self.tp + self.pp + self.dp + self.ep
+        return self.tp + self.pp + self.dp + self.ep + self.cp
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ def step_work(layout: Layout) -> dict[str, Work]:
     prompt, length = recipe.data.max_prompt_tokens, layout.sequence_length
     prefilled = recipe.train.num_prompts_per_step * prompt
     answered = layout.responses_per_step * recipe.rollout.max_response_tokens
-    read = layout.responses_per_step * length
+    reads_prompts, reads_responses = layout.prompt_tokens_read, layout.response_tokens_read
 
     head = answered * head_flops(shape)
-    layers, attention = read * matmul_flops(shape), read * attention_flops(shape, length / 2)
+    layers = (reads_prompts + reads_responses) * matmul_flops(shape)
+    of_prompt, of_response = attention_flops(shape, prompt / 2), attention_flops(shape, (prompt + length) / 2)
+    attention = reads_prompts * of_prompt + reads_responses * of_response
     again = {"none": 0.0, "selective": attention, "full": layers + attention}[recipe.model.recompute]
     scoring = layers + attention + head
-    looked_back = prefilled * attention_flops(shape, prompt / 2) + answered * attention_flops(
-        shape, (prompt + length) / 2
-    )
+    looked_back = prefilled * of_prompt + answered * of_response
     flops = {
         "rollout": (prefilled + answered) * matmul_flops(shape) + looked_back + head,
         "scoring": scoring,
@@ -103,7 +104,7 @@ def _rollout(layout: Layout, stage: int) -> Traffic:
     """Prefill and decoding: without sequence parallelism, and with full logits on every rank of the last stage."""
     recipe = layout.recipe
     answered = _answered(layout)
-    tokens = recipe.train.num_prompts_per_step * recipe.data.max_prompt_tokens / layout.dp + answered
+    tokens = recipe.train.num_prompts_per_step * recipe.data.max_prompt_tokens / layout.dp_cp + answered
     sent = _layers(layout, stage, tokens, sp=1) + Traffic(pp=_sends_on(layout, stage) * tokens * _hidden(layout))
     if stage == 0:
         sent += Traffic(tp=2 * _ring(layout.tp) * tokens * _hidden(layout))  # embedding
@@ -113,8 +114,13 @@ def _rollout(layout: Layout, stage: int) -> Traffic:
 
 
 def _training(layout: Layout, stage: int) -> Traffic:
-    """A forward pass, its layers once more where they are recomputed, a backward pass, and optimizer steps."""
+    """A forward pass, its layers once more where they are recomputed, a backward pass, and optimizer steps.
+
+    Recomputed attention gathers its keys and values once more.
+    """
     sent = _forward(layout, stage) + _backward(layout, stage) + _optimizer(layout, stage) * layout.optimizer_steps
+    if layout.recipe.model.recompute != "none":
+        sent += _keys_and_values(layout, stage)
     if layout.recipe.model.recompute == "full":
         sent += _layers(layout, stage, _read(layout), sp=layout.sp)
     return sent
@@ -122,7 +128,7 @@ def _training(layout: Layout, stage: int) -> Traffic:
 
 def _forward(layout: Layout, stage: int) -> Traffic:
     hidden = _read(layout) * _hidden(layout)
-    sent = _layers(layout, stage, _read(layout), sp=layout.sp)
+    sent = _layers(layout, stage, _read(layout), sp=layout.sp) + _keys_and_values(layout, stage)
     sent += Traffic(pp=_sends_on(layout, stage) * hidden / layout.sp)
     if stage == 0:
         sent += Traffic(tp=(1 if layout.sp > 1 else 2) * _ring(layout.tp) * hidden)  # embedding
@@ -134,7 +140,7 @@ def _forward(layout: Layout, stage: int) -> Traffic:
 def _backward(layout: Layout, stage: int) -> Traffic:
     """The mirror image of a forward pass; sequence parallelism gathers the inputs of sharded matrices once more."""
     hidden = _read(layout) * _hidden(layout)
-    sent = _layers(layout, stage, _read(layout), sp=layout.sp)
+    sent = _layers(layout, stage, _read(layout), sp=layout.sp) + _keys_and_values(layout, stage)
     sent += Traffic(pp=_sends_back(layout, stage) * hidden / layout.sp)
     if layout.sp > 1:
         layers = [layout.shape.layers[index] for index in layout.stages[stage]]
@@ -165,6 +171,14 @@ def _layers(layout: Layout, stage: int, tokens: float, *, sp: int) -> Traffic:
     return sent
 
 
+def _keys_and_values(layout: Layout, stage: int) -> Traffic:
+    """What context-parallel ranks gather of each other in one forward pass through a stage, or scatter back."""
+    shape = layout.shape
+    width = max(shape.groups // layout.tp, 1) * (shape.key_width + shape.value_width)
+    gathered = layout.cp * _read(layout) * width * layout.dtype_bytes
+    return Traffic(cp=len(layout.stages[stage]) * _ring(layout.cp) * gathered)
+
+
 def _attention_input(layout: Layout) -> int:
     """Width of what tensor-parallel ranks gather for attention: hidden states, or latents and the keys' rotary part."""
     shape, settings = layout.shape, layout.shape.settings
@@ -186,7 +200,7 @@ def _optimizer(layout: Layout, stage: int) -> Traffic:
     experts Megatron has two distributed optimizers, each of which gathers all weights.
     """
     parameters = layout.parameters(stage)
-    reduced = _ring(layout.dp) * parameters.dense + _ring(layout.expert_dp) * parameters.experts
+    reduced = _ring(layout.dp_cp) * parameters.dense + _ring(layout.expert_dp) * parameters.experts
     optimizers = 2 if parameters.experts else 1
     gathered = layout.dtype_bytes * optimizers if layout.parallel.use_distributed_optimizer else FLOAT32
     tied = layout.shape.tied and layout.pp > 1 and stage in (0, layout.pp - 1)
@@ -200,13 +214,13 @@ def _optimizer(layout: Layout, stage: int) -> Traffic:
 
 
 def _read(layout: Layout) -> float:
-    """Tokens that one model replica reads when it scores or trains all responses of a step."""
-    return layout.responses_per_step * layout.sequence_length / layout.dp
+    """Tokens that one rank reads, or reads with its tensor-parallel ranks, when all responses of a step are scored."""
+    return (layout.prompt_tokens_read + layout.response_tokens_read) / layout.dp_cp
 
 
 def _answered(layout: Layout) -> float:
-    """Response tokens of a step on one model replica."""
-    return layout.responses_per_step * layout.recipe.rollout.max_response_tokens / layout.dp
+    """Response tokens of a step on one such rank."""
+    return layout.responses_per_step * layout.recipe.rollout.max_response_tokens / layout.dp_cp
 
 
 def _hidden(layout: Layout) -> int:

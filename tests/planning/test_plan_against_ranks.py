@@ -11,7 +11,7 @@ from eapo_megatron.planning.activations import layer_bytes
 from eapo_megatron.planning.memory import stage_memory
 from eapo_megatron.planning.work import stage_traffic
 from launch import result_of, run_cases
-from planned_runs import ACTIVATION_RUNS, PROMPT_TOKENS, RESPONSE_TOKENS, RUNS, layout_of
+from planned_runs import ACTIVATION_RUNS, RUNS, layout_of
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "ranks" / "plan.py"
@@ -21,8 +21,8 @@ SENDING = [name for name, run in RUNS.items() if run.world_size > 1 and name != 
 
 
 def _launch(world_size: int, out: Path) -> Path:
-    names = [name for name, run in RUNS.items() if run.world_size == world_size]
-    run_cases(SCRIPT, world_size, [], out, names + list(ACTIVATION_RUNS) * (world_size == 1))
+    names = [name for name, run in (RUNS | ACTIVATION_RUNS).items() if run.world_size == world_size]
+    run_cases(SCRIPT, world_size, [], out, names)
     return out
 
 
@@ -59,17 +59,17 @@ def test_bytes_sent(name: str, phase: str, request: pytest.FixtureRequest) -> No
     measured = [rank[phase] for rank in ranks(request, name)]
     for rank, sent in enumerate(measured):
         predicted = stage_traffic(layout, rank if layout.pp > 1 else 0)[phase]
-        for group in ("tp", "pp", "dp"):  # the norm of gradients and sums of losses are not predicted
+        for group in ("tp", "pp", "dp", "cp"):  # the norm of gradients and sums of losses are not predicted
             assert getattr(predicted, group) == pytest.approx(sent.get(group, 0), rel=0.01, abs=1000), group
     # Routers send more to one rank than to another; beside hidden states go their weights.
     assert predicted.ep == pytest.approx(sum(sent.get("ep", 0) for sent in measured) / len(measured), rel=0.03)
 
 
 @pytest.mark.parametrize("name", ACTIVATION_RUNS)
-def test_activations_of_a_layer(name: str, launch_of_1: Path) -> None:
-    held = result_of(launch_of_1, name)
+def test_activations_of_a_layer(name: str, request: pytest.FixtureRequest) -> None:
     run = ACTIVATION_RUNS[name]
+    held = result_of(request.getfixturevalue(f"launch_of_{run.world_size}"), name)
     layout = layout_of(run)
-    tokens = run.micro_batch_size * (PROMPT_TOKENS + RESPONSE_TOKENS)
+    tokens = layout.micro_batches.tokens / layout.cp
     predicted = tokens * sum(layer_bytes(layout, layer) for layer in layout.shape.layers[2:])
     assert predicted == pytest.approx(held[4] - held[2], rel=0.005)

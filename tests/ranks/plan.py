@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eapo_megatron.algorithms import Algorithm, loss_weights
-from eapo_megatron.policy.batching import TokenData, make_batch, mini_batches
+from eapo_megatron.policy.batching import Batch, TokenData, make_batch, mini_batches
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
+from eapo_megatron.policy.packs import Budget, packed_micro_batches
 from eapo_megatron.policy.policy_model import Policy, build_policy
 from eapo_megatron.policy.responses import Responses
-from eapo_megatron.policy.runtime import start_runtime, stop_runtime
+from eapo_megatron.policy.runtime import Runtime, start_runtime, stop_runtime
+from eapo_megatron.policy.segments import Segments
 from eapo_megatron.policy.worker import PolicyWorker
 from eapo_megatron.rollout import megatron_engine
 from eapo_megatron.rollout.engine import SamplingParams
@@ -43,14 +45,12 @@ def measure(name: str, out: Path) -> None:
     fill(policy)
     results: dict[str, Any] = {"kv_cache": kv_cache_bytes(policy, recipe.rollout.max_batch_size)}
     optimizer = build_optimizer(policy, recipe.optimizer)
-    worker = PolicyWorker(policy, micro_batch_size=run.micro_batch_size, temperature=1.0)
-    responses = Responses.of_lists([[5] * RESPONSE_TOKENS] * 16)
-    prompts = [torch.randint(hf_config["vocab_size"], (PROMPT_TOKENS,)).tolist() for _ in range(4)]
-    rewards = torch.tensor([1.0, -1.0] * 8)
-    batch = make_batch(prompts, responses, torch.arange(4).repeat_interleave(4), rewards, runtime.device)
-    with Sent() as scoring:
+    worker = PolicyWorker.of_recipe(policy, recipe)
+    batch = batch_of(hf_config, runtime.device)
+    groups = {group: "cp" for group in [runtime.context.group] if group is not None}
+    with Sent(groups) as scoring:
         old_log_probs, _ = worker.log_probs_and_entropies(batch)
-    with Sent() as training:
+    with Sent(groups) as training:
         for rows in mini_batches(batch, recipe.train.mini_batch_prompts):
             weights = loss_weights(batch.mask_of(rows), batch.group_ids, aggregation="token_mean")
             advantages = batch.rewards[:, None].expand(batch.mask.shape)
@@ -63,6 +63,14 @@ def measure(name: str, out: Path) -> None:
     stop_runtime()
 
 
+def batch_of(hf_config: Mapping[str, Any], device: torch.device) -> Batch:
+    """Four prompts with four responses each, all at their full length."""
+    responses = Responses.of_lists([[5] * RESPONSE_TOKENS] * 16)
+    prompts = [torch.randint(hf_config["vocab_size"], (PROMPT_TOKENS,)).tolist() for _ in range(4)]
+    rewards = torch.tensor([1.0, -1.0] * 8)
+    return make_batch(prompts, responses, torch.arange(4).repeat_interleave(4), rewards, device)
+
+
 def fill(policy: Policy) -> None:
     """Any finite weights will do."""
     for module in policy.modules:
@@ -73,10 +81,11 @@ def fill(policy: Policy) -> None:
 class Sent(TorchDispatchMode):
     """Counts the bytes that this rank's collectives send to the other of two ranks, by Megatron's group."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Mapping[dist.ProcessGroup, str]) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
         self.groups = {
+            **groups,
             parallel_state.get_tensor_model_parallel_group(): "tp",
             parallel_state.get_pipeline_model_parallel_group(): "pp",
             parallel_state.get_embedding_group(check_initialized=False): "pp",
@@ -163,6 +172,17 @@ def keep(saved: list[Tensor], tensor: Tensor) -> Tensor:
     return tensor
 
 
+def micro_batch_of(run: Run, hf_config: Mapping[str, Any], runtime: Runtime) -> tuple[Tensor, Tensor, Segments | None]:
+    """This rank's tokens of a micro-batch at its full length, and their positions."""
+    if run.packing == "padded":
+        length = PROMPT_TOKENS + RESPONSE_TOKENS
+        ids = torch.randint(hf_config["vocab_size"], (run.micro_batch_size, length))
+        return ids, torch.arange(length).expand_as(ids), None
+    batch, budget = batch_of(hf_config, runtime.device), Budget(run.micro_batch_size)
+    micro, *_ = packed_micro_batches(batch, range(16), budget, replica=0, replicas=1, context=runtime.context)
+    return micro.input_ids, micro.position_ids, micro.segments
+
+
 def held_activations(run: Run) -> dict[int, int]:
     """Bytes held for backward by one micro-batch's forward pass through the first layers, by their number."""
     recipe = recipe_of(run)
@@ -179,14 +199,13 @@ def held_activations(run: Run) -> dict[int, int]:
         fill(policy)
         (module,) = policy.modules
         saved: list[Tensor] = []
-        length = PROMPT_TOKENS + RESPONSE_TOKENS
-        ids = torch.randint(hf_config["vocab_size"], (run.micro_batch_size, length))
+        ids, positions, segments = micro_batch_of(run, hf_config, runtime)
         with torch.autograd.graph.saved_tensors_hooks(partial(keep, saved), lambda tensor: tensor):
-            module(ids, torch.arange(length).expand_as(ids), head_positions=(torch.tensor([0]), torch.tensor([0])))
+            module(ids, positions, head_positions=(torch.tensor([0]), torch.tensor([0])), segments=segments)
         weights = storages(list(module.parameters()))
         held[layers] = sum(size for place, size in storages(saved).items() if place not in weights)
     torch.nn.RMSNorm.forward = original
-    os.environ["MASTER_PORT"] = str(free_port())
+    os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
     stop_runtime()
     return held
 
@@ -197,7 +216,9 @@ def main(out: Path, names: Sequence[str]) -> None:
         if name in RUNS:
             measure(name, out)
         else:
-            torch.save(held_activations(ACTIVATION_RUNS[name]), out / f"{name}.pt")
+            held = held_activations(ACTIVATION_RUNS[name])
+            if os.environ["RANK"] == "0":
+                torch.save(held, out / f"{name}.pt")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,17 @@ def test_benchmarks_are_read_with_the_runs_own_template(tmp_path: Path) -> None:
     [
         (2, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, "= 4 does not divide the world of 2"),
         (4, {"tensor_model_parallel_size": 2, "data_parallel_size": 1}, "= 2 is not the world of 4 ranks"),
+        (
+            6,
+            {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
+            "tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 x context_parallel_size 2 = 4 does not "
+            "divide the world of 6 ranks",
+        ),
+        (
+            4,
+            {"context_parallel_size": 2, "data_parallel_size": 4},
+            "context_parallel_size 2 x data_parallel_size 4 = 8 is not the world of 4 ranks",
+        ),
         (3, {"tensor_model_parallel_size": 3}, "3 does not divide the model's num_attention_heads 4"),
         (8, {"pipeline_model_parallel_size": 8}, "leaves a stage empty"),
         (3, {"pipeline_model_parallel_size": 3}, "does not divide evenly"),
@@ -124,7 +135,7 @@ def test_benchmarks_are_read_with_the_runs_own_template(tmp_path: Path) -> None:
     ],
 )
 def test_layouts_that_do_not_fit(tmp_path: Path, world_size: int, parallel: dict, sentence: str) -> None:
-    assert sentence in refusal(tmp_path, world_size, parallel=parallel)
+    assert sentence in refusal(tmp_path, world_size, parallel=parallel, train={"packing": "segments"})
 
 
 MIXTURE = {**ARCHITECTURE, "model_type": "qwen3_moe"} | {

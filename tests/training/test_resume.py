@@ -136,8 +136,8 @@ def test_what_methods_keep_survives_a_resume_bit_for_bit(arithmetic: Path, tmp_p
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
     shutil.rmtree(moved / "checkpoints" / "step_000004")
-    at_tp1 = ["parallel.tensor_model_parallel_size=1", "train.micro_batch_size=3"]
-    train(arithmetic, *overrides, *at_tp1)
+    at_cp2 = ["parallel={tensor_model_parallel_size: 1, context_parallel_size: 2}", "train.packing=segments"]
+    train(arithmetic, *overrides, *at_cp2)
     for name, value in lines[4].items():
         assert metrics(moved, first_step=4)[0][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     shutil.rmtree(moved / "checkpoints" / "step_000004")
@@ -149,15 +149,21 @@ def test_what_methods_keep_survives_a_resume_bit_for_bit(arithmetic: Path, tmp_p
     assert f"{moved / 'reference'} is not there: the run cannot go on without the reference policy" in said
 
 
-def test_replicas_that_share_experts_go_on_at_tp2(arithmetic: Path, tmp_path: Path) -> None:
+def test_context_ranks_that_share_experts_go_on_at_tp2(arithmetic: Path, tmp_path: Path) -> None:
     text = arithmetic.read_text().replace("model_type: qwen2", f"model_type: qwen3_moe, {EXPERTS}")
-    arithmetic.write_text(text.replace("tensor_model_parallel_size: 2", "expert_model_parallel_size: 2"))
+    text = text.replace("tensor_model_parallel_size: 2", "context_parallel_size: 2, expert_model_parallel_size: 2")
+    arithmetic.write_text(text.replace("micro_batch_size: 8", "micro_batch_size: 8, packing: segments"))
     whole, moved = (tmp_path / runs / "experts" for runs in ("runs", "moved"))
     train(arithmetic, "name=experts", "train.steps=3")
     assert all(line["grad_norm"] > 0 for line in metrics(whole, first_step=1))
     shutil.copytree(whole, moved)
     shutil.rmtree(moved / "checkpoints" / "step_000003")
-    at_tp2 = ["expert_model_parallel_size=1", "tensor_model_parallel_size=2", "sequence_parallel=true"]
+    at_tp2 = [
+        "context_parallel_size=1",
+        "expert_model_parallel_size=1",
+        "tensor_model_parallel_size=2",
+        "sequence_parallel=true",
+    ]
     overrides = [f"logging.run_dir={moved.parent}", *(f"parallel.{setting}" for setting in at_tp2)]
     train(arithmetic, "name=experts", "train.steps=3", *overrides)
     (at_other_layout,) = metrics(moved, first_step=3)
