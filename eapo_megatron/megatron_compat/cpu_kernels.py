@@ -19,6 +19,11 @@ from torch.autograd.function import once_differentiable
 CHUNK = 1 << 17  # elements of the widest operand that are worked on at a time: half a MiB in float32
 
 
+def take(states: Tensor) -> bool:
+    """Whether these functions are for this tensor's device: on a GPU the chains are Megatron's, torch's or fused."""
+    return states.is_cpu
+
+
 def swiglu(gate_and_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2 F], gate first -> [..., F]."""
     return _SwiGLU.apply(gate_and_up)

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from eapo_megatron.megatron_compat.cpu_kernels import rms_norm, rotated
+from eapo_megatron.megatron_compat import cpu_kernels
 from eapo_megatron.policy.segment_attention import segment_attention
 from eapo_megatron.policy.segments import Segments
 from eapo_megatron.policy.shared_prompts import SharedPrompts
@@ -95,7 +95,7 @@ class CachingSelfAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        if rotary_pos_emb is not None and (inference_context is not None or query.is_cpu):
+        if rotary_pos_emb is not None and (inference_context is not None or cpu_kernels.take(query)):
             start = 0 if inference_context is None else inference_context.sequence_len_offset
             angles = rotary_pos_emb[0][start : start + query.shape[0]]  # of queries and keys alike
             query, key = self._rotated(query, key, angles)
@@ -107,9 +107,9 @@ class CachingSelfAttention(SelfAttention):
     def _rotated(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys [s, b, heads, d] turned by angles [s, 1, 1, r]."""
         factor = _yarn_get_concentration_factor_from_config(self.config)
-        if query.is_cpu and not self.config.rotary_interleaved:
+        if cpu_kernels.take(query) and not self.config.rotary_interleaved:
             cosines, sines = ((part * factor).to(query.dtype) for part in (angles.cos(), angles.sin()))
-            return rotated(query, cosines, sines), rotated(key, cosines, sines)
+            return cpu_kernels.rotated(query, cosines, sines), cpu_kernels.rotated(key, cosines, sines)
         turn = partial(
             apply_rotary_pos_emb, freqs=angles, config=self.config, mscale=factor, cp_group=self.pg_collection.cp
         )
@@ -125,7 +125,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., H] -> the same; on the CPU in float32 with a backward of its own."""
-        if states.is_cpu and states.dtype == torch.float32 and torch.is_grad_enabled():
+        if cpu_kernels.take(states) and states.dtype == torch.float32 and torch.is_grad_enabled():
             assert self.eps is not None
-            return rms_norm(states, self.weight, self.eps)
+            return cpu_kernels.rms_norm(states, self.weight, self.eps)
         return super().forward(states)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eapo_megatron.algorithms import Algorithm, loss_weights
+from eapo_megatron.megatron_compat import cpu_kernels
 from eapo_megatron.policy.batching import Batch, TokenData, make_batch, mini_batches
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.packs import Budget, packed_micro_batches
@@ -184,7 +185,10 @@ def micro_batch_of(run: Run, hf_config: Mapping[str, Any], runtime: Runtime) -> 
 
 
 def held_activations(run: Run) -> dict[int, int]:
-    """Bytes held for backward by one micro-batch's forward pass through the first layers, by their number."""
+    """Bytes held for backward by one micro-batch's forward pass through the first layers, by their number.
+
+    On a GPU, which is what the planner predicts: without this package's functions for the CPU.
+    """
     recipe = recipe_of(run)
     assert recipe.model.architecture is not None
     runtime = start_runtime(recipe.parallel, seed=1)
@@ -192,11 +196,13 @@ def held_activations(run: Run) -> dict[int, int]:
         torch.nn.RMSNorm.forward,
         lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps),
     )
+    taken, cpu_kernels.take = cpu_kernels.take, lambda _: False
     held = {}
     for layers in (2, 4):
         hf_config = recipe.model.architecture | {"num_hidden_layers": layers}
         policy = build_policy(hf_config, recipe.model, recipe.parallel, runtime)
         fill(policy)
+        policy.config.bias_activation_fusion = False
         (module,) = policy.modules
         saved: list[Tensor] = []
         ids, positions, segments = micro_batch_of(run, hf_config, runtime)
@@ -205,6 +211,7 @@ def held_activations(run: Run) -> dict[int, int]:
         weights = storages(list(module.parameters()))
         held[layers] = sum(size for place, size in storages(saved).items() if place not in weights)
     torch.nn.RMSNorm.forward = original
+    cpu_kernels.take = taken
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
     stop_runtime()
     return held
