@@ -53,7 +53,7 @@ class _Linear(torch.autograd.Function):
         output = product(input.reshape(-1, input.shape[-1]), weight.T)
         if bias is not None:
             output += bias
-        return output.view(*input.shape[:-1], -1)
+        return output.view(*input.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
