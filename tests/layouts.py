@@ -261,6 +261,9 @@ REPLAYED: dict[str, Layout] = {
         1, model="qwen3_moe", micro_batch_size=4, recompute="full", packing="segments"
     ),
     "TP2 SP, packed": Layout(2, TP2 | SP, model="qwen3_moe", micro_batch_size=12, packing="segments"),
+    "CP2, full recompute, packed": Layout(
+        2, CP2, model="qwen3_moe", micro_batch_size=12, recompute="full", packing="segments"
+    ),
 }
 # With packed micro-batches: tests/policy/test_packed_layouts.py. A budget of 14 tokens splits groups.
 PACKED: dict[str, Layout] = {

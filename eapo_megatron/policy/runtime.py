@@ -32,7 +32,7 @@ class Runtime:
     device: torch.device
     rank: int
     world_size: int
-    data_parallel_rank: int  # among the ranks with the same weights, those of one context among them
+    data_parallel_rank: int  # among all ranks with the same weights, context-parallel ones too
     data_parallel_size: int
     context: Context
     cpu_group: dist.ProcessGroup  # all ranks, gloo: for Python objects
@@ -146,12 +146,14 @@ def _context(size: int, timeout: timedelta) -> Context:
     """This rank's context: `size` data-parallel ranks side by side."""
     if size == 1:
         return ALONE
-    tp, pp = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
+    layout = parallel_state.RankGenerator(
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        cp=size,
+        ep=1,
+        dp=parallel_state.get_data_parallel_world_size() // size,
+        pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        order="tp-cp-dp-pp",
     )
-    replicas = parallel_state.get_data_parallel_world_size() // size
-    layout = parallel_state.RankGenerator(tp=tp, ep=1, dp=replicas, pp=pp, cp=size, order="tp-cp-dp-pp")
     group, _ = dist.new_subgroups_by_enumeration(layout.get_ranks("cp"), timeout=timeout)
     return Context(dist.get_rank(group), size, group)
 
