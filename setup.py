@@ -13,7 +13,7 @@ TRAIN = [
     "transformers>=4.57,<6",  # tokenizers, chat templates, Hugging Face configurations
     "huggingface_hub>=0.34",  # benchmarks of `eapo-megatron evaluate`; transformers brings it
     "safetensors>=0.4.5",  # weights
-    "math-verify[antlr4_13_2]>=0.8",  # answer checking
+    "math-verify[antlr4-13-2]>=0.8",  # answer checking
     "pydantic>=2.9",  # typed recipes
     "omegaconf>=2.3",  # recipe inheritance and dotted overrides
     "typer>=0.15",  # the command line
@@ -34,6 +34,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["eapo_megatron", "eapo_megatron.*"]),
     package_data={
         "eapo_megatron": ["py.typed", "launch/*.sh", "launch/slurm/*.sbatch", "recipes/*.yaml"],
