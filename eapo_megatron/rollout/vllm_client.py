@@ -15,6 +15,7 @@ from typing import Any, Literal
 from eapo_megatron.rollout.engine import EngineLostError, SamplingParams
 
 InFlight = Literal["wait", "keep", "abort"]  # what becomes of requests when weights change, in vLLM's words
+HEALTH_SECONDS = 5.0  # for the answer of a server that is asked whether it is ready
 
 
 class ServerLostError(EngineLostError):
@@ -86,9 +87,9 @@ class VLLMClient:
         )
 
     def is_healthy(self) -> bool:
-        """Whether the server is ready for requests."""
+        """Whether the server is ready for requests; what listens there may be something else, and never answer."""
         try:
-            self._call("GET", "/health")
+            VLLMClient(self.address, timeout_seconds=HEALTH_SECONDS)._call("GET", "/health")
         except (ServerLostError, ServerRefusedError):
             return False
         return True
