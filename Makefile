@@ -21,8 +21,11 @@ study-quick: setup
 
 test: lint suite
 
+# Tests that start several ranks want the machine for themselves.
+SUITE := not slurm and not kills and not docs
 suite: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto -m "not distributed and $(SUITE)"
+	$(BIN)/pytest -m "distributed and $(SUITE)"
 
 # Property tests alone, on fresh examples and many. A failure prints the decorator that draws its example again.
 test-random: setup

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from eapo_megatron.policy.context_parallel import ALONE
 from eapo_megatron.policy.runtime import Runtime
 
 
@@ -25,5 +26,5 @@ class OneRank(Runtime):
 def one_rank(folder: Path) -> Iterator[Runtime]:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
     assert dist.group.WORLD is not None
-    yield OneRank(torch.device("cpu"), 0, 1, 0, 1, dist.group.WORLD)
+    yield OneRank(torch.device("cpu"), 0, 1, 0, 1, ALONE, dist.group.WORLD)
     dist.destroy_process_group()

@@ -408,7 +408,7 @@ ENVIRONMENTS += [
 OTHERS = [
     Bad((), "Missing command"),
     Bad(("trian",), "No such command 'trian'"),
-    Bad(("--version",), "--version"),
+    Bad(("--verison",), "--verison"),
     *(Bad((command,), "Missing argument") for command in ("train", "plan", "submit")),
     Bad(("train", "r.yaml", "--dry"), "--dry"),
     Bad(("train", "r.yaml", "--lr=1"), "--lr"),

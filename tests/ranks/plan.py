@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from eapo_megatron.algorithms import Algorithm, loss_weights
 from eapo_megatron.megatron_compat import cpu_kernels
+from eapo_megatron.megatron_compat.replacements import runs_on_cpu
+from eapo_megatron.policy import policy_model
 from eapo_megatron.policy.batching import Batch, TokenData, make_batch, mini_batches
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.packs import Budget, packed_micro_batches
@@ -197,12 +199,12 @@ def held_activations(run: Run) -> dict[int, int]:
         lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps),
     )
     taken, cpu_kernels.take = cpu_kernels.take, lambda _: False
+    policy_model.runs_on_cpu = lambda: False  # SwiGLU as a chain
     held = {}
     for layers in (2, 4):
         hf_config = recipe.model.architecture | {"num_hidden_layers": layers}
         policy = build_policy(hf_config, recipe.model, recipe.parallel, runtime)
         fill(policy)
-        policy.config.bias_activation_fusion = False
         (module,) = policy.modules
         saved: list[Tensor] = []
         ids, positions, segments = micro_batch_of(run, hf_config, runtime)
@@ -211,7 +213,7 @@ def held_activations(run: Run) -> dict[int, int]:
         weights = storages(list(module.parameters()))
         held[layers] = sum(size for place, size in storages(saved).items() if place not in weights)
     torch.nn.RMSNorm.forward = original
-    cpu_kernels.take = taken
+    cpu_kernels.take, policy_model.runs_on_cpu = taken, runs_on_cpu
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
     stop_runtime()
     return held
