@@ -89,10 +89,11 @@ def _layout(recipe: Recipe) -> str:
 def _sizes(recipe: Recipe) -> Iterator[str]:
     parallel = recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name, size in {"TP": tp, "PP": pp, "EP": parallel.expert_model_parallel_size}.items():
+    cp = parallel.context_parallel_size
+    for name, size in {"TP": tp, "PP": pp, "CP": cp, "EP": parallel.expert_model_parallel_size}.items():
         if size > 1:
             yield f"{name} {size}"
-    yield f"DP {recipe.cluster.world_size // (tp * pp)}"
+    yield f"DP {recipe.cluster.world_size // (tp * pp * cp)}"
 
 
 def _planned(recipe: Recipe, name: str) -> list[str]:
