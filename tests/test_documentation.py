@@ -141,6 +141,12 @@ def test_targets_modules_files_and_links_exist() -> None:
             assert (file.parent / target).exists(), f"{file}: {target}"
 
 
+def test_every_result_has_its_place() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    results = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    assert {name for name in results if f"`{name}`" not in page} == set()
+
+
 def test_keys_in_the_text_exist() -> None:
     keys = {key.path for key in recipe_keys()}
     sections = {name for name in Recipe.model_fields if any(key.startswith(f"{name}.") for key in keys)}
