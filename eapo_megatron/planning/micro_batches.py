@@ -55,4 +55,10 @@ def _packed(recipe: Recipe, replicas: int) -> MicroBatches:
     of_replica = -(-train.mini_batch_prompts * parts // replicas)
     packs = -(-of_replica // in_pack)
     largest = -(-of_replica // packs)
-    return MicroBatches(packs, largest * read(of_part), largest * of_part * response, parts)
+    if group % parts == 0:
+        return MicroBatches(packs, largest * read(of_part), largest * of_part * response, parts)
+    # Parts of two sizes: more of the smaller ones may lie together. These are upper bounds.
+    largest = max(largest, min(of_replica, train.micro_batch_size // (group // parts)))
+    answered = min(largest * of_part, train.micro_batch_size)
+    tokens = largest * prompt + answered * (response - 1)
+    return MicroBatches(packs, tokens if budget is None else min(tokens, budget), answered * response, parts)
