@@ -211,9 +211,13 @@ def refused_update(
         for name, parameter in module.named_parameters()
         if name.endswith("linear_fc2.weight")
     )
+
+    def poison(_: Tensor) -> None:
+        last.main_grad[0] = torch.inf
+
     hooks = []
     if runtime.rank == runtime.world_size - 1:
-        hooks.append(last.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf)))
+        hooks.append(last.register_hook(poison))
     update = worker.update(batch, rows, optimizer, Algorithm(), TokenData(weights=weights, **inputs))
     for hook in hooks:
         hook.remove()
