@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train train-vllm study study-quick test suite test-random test-isas test-kills test-vllm test-nemo test-slurm test-docs test-wheel coverage docs lint benchmark benchmark-vllm benchmark-step
+.PHONY: setup train train-vllm study study-quick test suite test-random test-isas test-kills test-vllm test-nemo test-nemo-rl test-slurm test-docs test-wheel coverage docs lint benchmark benchmark-vllm benchmark-step
 
 setup: .venv/.installed
 
@@ -50,6 +50,15 @@ test-slurm: setup
 
 test-nemo: .venv-nemo/.installed
 	PYTHONPATH=. .venv-nemo/bin/python -m pytest tests/integrations
+
+# NeMo-RL's sources are on no package index: NEMO_RL names a checkout of them, MEGATRON_LM one of its Megatron-LM.
+ifeq ($(and $(NEMO_RL),$(MEGATRON_LM)),)
+test-nemo-rl:
+	@echo "test-nemo-rl did not run: it needs NEMO_RL=path, NVIDIA-NeMo/RL's repository, and MEGATRON_LM=path, that of its Megatron-LM."
+else
+test-nemo-rl: .venv-nemo-rl/.installed
+	PYTHONPATH=$(CURDIR):$(abspath $(NEMO_RL)):$(abspath $(MEGATRON_LM)) .venv-nemo-rl/bin/python -m pytest tests/with_nemo_rl
+endif
 
 # Every command of README and docs that needs nothing but this machine, on one short run.
 test-docs: setup
@@ -113,4 +122,9 @@ benchmark-step: setup .venv-trl/.installed
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet -c constraints/trl.txt torch==2.13.0
 	.venv-trl/bin/pip install --quiet -c constraints/trl.txt trl==1.16.0
+	touch $@
+
+.venv-nemo-rl/.installed: constraints/nemo_rl.txt
+	$(PYTHON) -m venv .venv-nemo-rl
+	.venv-nemo-rl/bin/pip install --quiet --no-deps -r constraints/nemo_rl.txt
 	touch $@

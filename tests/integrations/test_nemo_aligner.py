@@ -12,7 +12,16 @@ from launch import result_of, run_cases
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "ranks" / "aligner.py"
-LAUNCHES = {"single": 1, "TP2": 2, "PP2": 2, "DP2": 2}
+LAUNCHES = {
+    "single": 1,
+    "TP2": 2,
+    "PP2": 2,
+    "DP2": 2,
+    "TP2, quadrant": 2,
+    "PP2, entropy_advantage": 2,
+    "DP2, w_reinforce": 2,
+    "TP2 PP2, llama": 4,
+}
 COMPARED = {
     "logprobs",
     "entropies",

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,7 @@ from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from eapo_megatron.algorithms import (
-    QUADRANTS,
-    Algorithm,
-    LossSettings,
-    eapo_advantages,
-    group_advantages,
-    loss_weights,
-)
+from eapo_megatron.algorithms import QUADRANTS, loss_weights
 from eapo_megatron.config import Model, Optimizer, Parallel
 from eapo_megatron.data import arithmetic_examples
 from eapo_megatron.data.arithmetic import ALPHABET
@@ -53,16 +47,32 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "nemo_aligner"
 sys.path.insert(0, str(RECIPES))
 from train_gpt_eapo_actor import train  # noqa: E402
 
-LAYOUTS: dict[str, dict[str, int]] = {
-    "single": {},
-    "TP2": {"tensor_model_parallel_size": 2},
-    "PP2": {"pipeline_model_parallel_size": 2},
-    "DP2": {},
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+QWEN2 = MODELS["tied"]
+LLAMA = {name: value for name, value in MODELS["llama"].items() if name != "rope_scaling"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, a model and a method; `method` are keys of trainer.reinforce.algorithm."""
+
+    parallel: dict[str, int] = field(default_factory=dict)
+    hf_config: dict[str, Any] = field(default_factory=lambda: QWEN2)
+    method: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "single": Case(),
+    "TP2": Case(TP2),
+    "PP2": Case(PP2),
+    "DP2": Case(),
+    "TP2, quadrant": Case(TP2, method={"shaping": {"name": "quadrant", "only": ["phr", "nlr"]}}),
+    "PP2, entropy_advantage": Case(PP2, method={"shaping": {"name": "entropy_advantage"}}),
+    "DP2, w_reinforce": Case(method={"advantage_estimator": "w_reinforce", "shaping": {"name": "none"}}),
+    "TP2 PP2, llama": Case(TP2 | PP2, LLAMA),
 }
-HF_CONFIG = {**MODELS["tied"], "model_type": "qwen2"}
 GROUP, FIT_STEPS = 4, 2
 ENTROPY_COEF = 0.01
-ALGORITHM = Algorithm(loss_settings=LossSettings(entropy_coef=ENTROPY_COEF))
 EOS = 1
 ROLLOUT_ORDER = torch.arange(12).view(3, GROUP).T.flatten()  # one response to each prompt, then another to each
 SGD = {"lr": 0.4, "momentum": 0.9, "weight_decay": 0.1}
@@ -86,12 +96,13 @@ class Records(Logger):
 
 
 def measure(name: str, folder: Path) -> None:
-    parallel = Parallel(**LAYOUTS[name])
+    case = CASES[name]
+    parallel = Parallel(**case.parallel)
     runtime = start_runtime(parallel, seed=1, device="cpu")
-    policy = build_policy(HF_CONFIG, Model(architecture=HF_CONFIG, dtype="float32"), parallel, runtime)
-    load_weights(policy.modules, policy.hf_config, RandomWeights(HF_CONFIG, seed=5))
+    policy = build_policy(case.hf_config, Model(architecture=case.hf_config, dtype="float32"), parallel, runtime)
+    load_weights(policy.modules, policy.hf_config, RandomWeights(case.hf_config, seed=5))
     records = Records()
-    cfg = configuration(parallel, runtime, folder)
+    cfg = configuration(case, parallel, runtime, folder)
     ptl_trainer = pytorch_lightning_trainer(runtime, records)
     actor = MegatronGPTEAPOActorModel(cfg.model, ptl_trainer)
     trainer = train(cfg, ptl_trainer, actor)
@@ -126,6 +137,7 @@ class Differences:
 def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str, float]:
     """Scores, advantages, gradients, and three optimizer steps with their metrics, against the native policy's."""
     batch, differences = training_batch(), Differences()
+    algorithm = trainer.algorithm
     worker = PolicyWorker(policy, micro_batch_size=2, temperature=TEMPERATURE)
     rollouts, places = rollout_batch()
 
@@ -140,8 +152,9 @@ def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str,
 
     old_log_probs = log_probs + old_policy_offsets(batch) * batch.mask
     rollouts["logprobs"] = spread(old_log_probs)[ROLLOUT_ORDER]
-    advantages = group_advantages(batch.rewards, batch.group_ids)[:, None].expand(batch.mask.shape)
-    advantages = eapo_advantages(advantages, entropies, batch.mask, batch.group_ids)
+    advantages = algorithm.advantages(
+        batch.rewards, batch.group_ids, batch.mask, log_probs=old_log_probs, entropies=entropies
+    )
     data, metrics = trainer.generate_reinforce_data(rollouts)
     steps = torch.arange(batch.size).split(GROUP)
     rank, size = policy.runtime.data_parallel_rank, policy.runtime.data_parallel_size
@@ -156,7 +169,7 @@ def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str,
         trainer,
         next(get_iterator_k_split(data, len(steps))),
         policy,
-        lambda: worker.accumulate(batch, steps[0].tolist(), ALGORITHM, TokenData(weights=weights[0], **inputs)),
+        lambda: worker.accumulate(batch, steps[0].tolist(), algorithm, TokenData(weights=weights[0], **inputs)),
     )
 
     settings = Optimizer(
@@ -164,7 +177,7 @@ def compare(policy: Policy, trainer: EAPOTrainer, records: Records) -> dict[str,
     )
     optimizer = build_optimizer(policy, settings)
     updates = [
-        worker.update(batch, rows.tolist(), optimizer, ALGORITHM, TokenData(weights=step_weights, **inputs))
+        worker.update(batch, rows.tolist(), optimizer, algorithm, TokenData(weights=step_weights, **inputs))
         for rows, step_weights in zip(steps, weights, strict=True)
     ]
     trainer.run_training(get_iterator_k_split(data, len(steps)))
@@ -221,7 +234,7 @@ def rollout_batch() -> tuple[dict[str, Tensor], Tensor]:
     return {name: values[ROLLOUT_ORDER] for name, values in rollouts.items()}, places[:, 1:]
 
 
-def configuration(parallel: Parallel, runtime: Runtime, folder: Path) -> DictConfig:
+def configuration(case: Case, parallel: Parallel, runtime: Runtime, folder: Path) -> DictConfig:
     """The base configuration, for the tiny model and the arithmetic task on CPU."""
     tokenizer = folder / "tokenizer"
     data = {name: folder / f"{name}.jsonl" for name in ("train", "validation")}
@@ -262,22 +275,24 @@ def configuration(parallel: Parallel, runtime: Runtime, folder: Path) -> DictCon
             "global_batch_size": GROUP,
             "megatron_amp_O2": False,
             "encoder_seq_length": 32,
-            "max_position_embeddings": HF_CONFIG["max_position_embeddings"],
-            "num_layers": HF_CONFIG["num_hidden_layers"],
-            "hidden_size": HF_CONFIG["hidden_size"],
-            "ffn_hidden_size": HF_CONFIG["intermediate_size"],
-            "num_attention_heads": HF_CONFIG["num_attention_heads"],
-            "num_query_groups": HF_CONFIG["num_key_value_heads"],
-            "init_method_std": HF_CONFIG["initializer_range"],
+            "max_position_embeddings": case.hf_config["max_position_embeddings"],
+            "num_layers": case.hf_config["num_hidden_layers"],
+            "hidden_size": case.hf_config["hidden_size"],
+            "ffn_hidden_size": case.hf_config["intermediate_size"],
+            "num_attention_heads": case.hf_config["num_attention_heads"],
+            "num_query_groups": case.hf_config["num_key_value_heads"],
+            "init_method_std": case.hf_config["initializer_range"],
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             "normalization": "rmsnorm",
             "layernorm_epsilon": 1e-6,
             "activation": "fast-swiglu",
             "bias": False,
-            "qkv_bias": True,
+            "qkv_bias": case.hf_config["model_type"] == "qwen2",
+            "kv_channels": case.hf_config.get("head_dim"),
+            "share_embeddings_and_output_weights": case.hf_config["tie_word_embeddings"],
             "position_embedding_type": "rope",
-            "rotary_base": 10000,
+            "rotary_base": int(case.hf_config.get("rope_theta", 10000)),
             "make_vocab_size_divisible_by": 8,
             "bias_activation_fusion": False,
             "bias_dropout_add_fusion": False,
@@ -302,6 +317,8 @@ def configuration(parallel: Parallel, runtime: Runtime, folder: Path) -> DictCon
     }
     OmegaConf.set_struct(cfg, False)
     cfg.model.optim = {"name": "sgd", **SGD}
+    for key, value in case.method.items():
+        cfg.trainer.reinforce.algorithm[key] = value
     return OmegaConf.merge(cfg, cpu)
 
 
