@@ -87,7 +87,7 @@ def gradients_of_a_step(policy: EntropyPolicy) -> Iterator[list[torch.Tensor]]:
         noted.extend(parameter.main_grad.clone() for parameter in worker.model.module.parameters())
         return True, 0.0, 0
 
-    worker.optimizer.step = step
+    worker.optimizer.step, worker.optimizer.grad_norms_by_group = step, {}
     try:
         yield noted
     finally:

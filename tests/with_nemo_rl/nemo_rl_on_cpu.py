@@ -21,8 +21,8 @@ import typing_extensions
 from torch.overrides import TorchFunctionMode
 
 typing.TypedDict = typing_extensions.TypedDict  # pydantic takes no other before Python 3.12
+typing.override = typing_extensions.override
 os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0"  # NeMo-RL's policy asks for it and does nothing with it
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 
 class OnCPU(TorchFunctionMode):
@@ -31,7 +31,7 @@ class OnCPU(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.Tensor.cuda:
+        if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if function is torch.Tensor.type and len(args) == 1:  # Megatron's optimizer compares it with GPU types
             return function(*args).replace("torch.", "torch.cuda.")
@@ -88,6 +88,7 @@ sys.meta_path.insert(0, BridgeStandIn())
 OnCPU().__enter__()
 torch.cuda.current_device = lambda: torch.device("cpu")
 torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None
+torch.cuda.current_stream = lambda *_: None
 torch.cuda.get_device_name = lambda *_: "CPU"
 torch.cuda.nvtx.range = lambda *_: nullcontext()
 for _name in ("range_push", "range_pop"):

@@ -66,7 +66,7 @@ def start_ranks(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel, create_gloo_process_groups=False)
     torch.manual_seed(1)
-    megatron_random.get_cuda_rng_tracker().add = lambda *_: None
+    megatron_random.get_cuda_rng_tracker().add = lambda *_, **__: None
     megatron_random.model_parallel_cuda_manual_seed(1)
 
 
@@ -145,6 +145,7 @@ def _build_worker(self: Any, config: Mapping[str, Any], **_: Any) -> None:
             clip_grad=settings["clip_grad"],
         ),
         [self.model],
+        use_gloo_process_groups=False,
     )
     self.scheduler = OptimizerParamScheduler(
         self.optimizer, settings["lr"], settings["lr"], settings["min_lr"], 0, 1000, "constant", 0.0, 0.0, 1000,
@@ -154,7 +155,7 @@ def _build_worker(self: Any, config: Mapping[str, Any], **_: Any) -> None:
         top_k=generation["top_k"], top_p=generation["top_p"], temperature=generation["temperature"]
     )
     model = types.SimpleNamespace(vocab_size=HF_CONFIG["vocab_size"], seq_length=0)
-    self.megatron_cfg = types.SimpleNamespace(model=model)
+    self.megatron_cfg = types.SimpleNamespace(model=model, optimizer=None, ddp=None)
     self.mcore_state = types.SimpleNamespace(straggler_timer=StragglerDetector(), cfg=self.megatron_cfg)
     self.dp_size = parallel_state.get_data_parallel_world_size()
     self.defer_fp32_logits = self._router_replay_enabled = self.should_disable_forward_pre_hook = False

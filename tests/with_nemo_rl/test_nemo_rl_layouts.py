@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @one_thread()
 def reference(temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [B, S] in float64, each response by itself in transformers' model; 0 elsewhere."""
-    data, model = batch(), tiny_model(NAME).double()
+    data, model = batch(), copy.deepcopy(tiny_model(NAME)).double()
     log_probs, entropies = torch.zeros(2, *data["input_ids"].shape, dtype=torch.float64)
     for row, length in enumerate(data["input_lengths"].tolist()):
         tokens = data["input_ids"][row, :length]
