@@ -167,9 +167,10 @@ def test_the_loss_is_corrected_for_the_sampler() -> None:
     mask, log_probs = valid(data), data["prev_logprobs"][:, 1:]
     counts = {"global_valid_seqs": data["sample_mask"].sum(), "global_valid_toks": mask.sum()}
     algorithm = Algorithm(correction=Correction("tis", options={"high": 1.5}))
-    loss, _ = EAPOLossFn(algorithm)(data, **counts, next_token_logprobs=log_probs)
+    loss, metrics = EAPOLossFn(algorithm)(data, **counts, next_token_logprobs=log_probs)
     weights = (log_probs - data["generation_logprobs"][:, 1:])[mask].double().exp().clamp(max=1.5)
     assert (weights < 1.5).any()
+    assert metrics["sampling_importance_ratio"] == pytest.approx(weights.mean().item(), rel=1e-5)
     expected = -(weights * data["advantages"][:, 1:][mask].double()).mean()  # the ratio to the old policy is 1
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match=r"^grpo\.adv_estimator\.correction is no part of an advantage estimator"):

@@ -38,8 +38,9 @@ from eapo_megatron.weights.load import load_weights
 from hf_reference import tiny_model
 from layouts import MODELS
 
-NAME = "untied"
-HF_CONFIG = MODELS[NAME]
+# By the names of their folders: one whose vocabulary every layout pads, and one that nothing pads.
+PADDED, UNPADDED = "untied", "untied-40"
+MODELS[UNPADDED] = MODELS[PADDED] | {"vocab_size": 40}
 
 
 class CausalAttention(MegatronModule):
@@ -75,15 +76,16 @@ def stop_ranks() -> None:
     dist.destroy_process_group()
 
 
-def build_model() -> DistributedDataParallel:
-    """This rank's part of the tiny model, with the weights of its Hugging Face twin; settings as NeMo-RL sets them."""
+def build_model(name: str) -> DistributedDataParallel:
+    """This rank's part of a tiny model, with the weights of its Hugging Face twin; settings as NeMo-RL sets them."""
+    hf_config = MODELS[name]
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     config = TransformerConfig(
-        num_layers=HF_CONFIG["num_hidden_layers"],
-        hidden_size=HF_CONFIG["hidden_size"],
-        ffn_hidden_size=HF_CONFIG["intermediate_size"],
-        num_attention_heads=HF_CONFIG["num_attention_heads"],
-        num_query_groups=HF_CONFIG["num_key_value_heads"],
+        num_layers=hf_config["num_hidden_layers"],
+        hidden_size=hf_config["hidden_size"],
+        ffn_hidden_size=hf_config["intermediate_size"],
+        num_attention_heads=hf_config["num_attention_heads"],
+        num_query_groups=hf_config["num_key_value_heads"],
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         normalization="RMSNorm",
@@ -111,16 +113,16 @@ def build_model() -> DistributedDataParallel:
     module = GPTModel(
         config,
         spec,
-        vocab_size=padded_vocab_size(HF_CONFIG["vocab_size"], tensor_parallel),
-        max_sequence_length=HF_CONFIG["max_position_embeddings"],
+        vocab_size=padded_vocab_size(hf_config["vocab_size"], tensor_parallel),
+        max_sequence_length=hf_config["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        rotary_base=HF_CONFIG["rope_theta"],
+        rotary_base=hf_config["rope_theta"],
     )
-    tensors = tiny_model(NAME).state_dict()
-    load_weights([module], HF_CONFIG, types.SimpleNamespace(read=tensors.__getitem__))
+    tensors = tiny_model(name).state_dict()
+    load_weights([module], hf_config, types.SimpleNamespace(read=tensors.__getitem__))
     model = DistributedDataParallel(
         config, DistributedDataParallelConfig(average_in_collective=False, use_distributed_optimizer=False), module
     )
@@ -134,7 +136,8 @@ def _build_worker(self: Any, config: Mapping[str, Any], **_: Any) -> None:
     self.cfg = config
     self.rank = dist.get_rank()
     self.timer = Timer(context={"worker": "megatron_policy", "rank": self.rank})
-    self.model, self.dtype = build_model(), torch.float32
+    name = Path(config["model_name"]).name
+    self.model, self.dtype = build_model(name), torch.float32
     self.optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=settings["optimizer"],
@@ -154,7 +157,7 @@ def _build_worker(self: Any, config: Mapping[str, Any], **_: Any) -> None:
     self.sampling_params = TrainingSamplingParams(
         top_k=generation["top_k"], top_p=generation["top_p"], temperature=generation["temperature"]
     )
-    model = types.SimpleNamespace(vocab_size=HF_CONFIG["vocab_size"], seq_length=0)
+    model = types.SimpleNamespace(vocab_size=MODELS[name]["vocab_size"], seq_length=0)
     self.megatron_cfg = types.SimpleNamespace(model=model, optimizer=None, ddp=None)
     self.mcore_state = types.SimpleNamespace(straggler_timer=StragglerDetector(), cfg=self.megatron_cfg)
     self.dp_size = parallel_state.get_data_parallel_world_size()
@@ -203,12 +206,13 @@ def build_policy(config: Any) -> EntropyPolicy:
     return EntropyPolicy(cluster=cluster, config=config, tokenizer=None)
 
 
-def write_model_folder(folder: Path) -> Path:
+def write_model_folder(folder: Path, name: str) -> Path:
     """The Hugging Face twin's config and a tokenizer: what NeMo-RL reads of a model beside its weights."""
     from eapo_megatron.data.arithmetic import ALPHABET
     from eapo_megatron.data.tokenizers import character_tokenizer
 
-    tiny_model(NAME).config.save_pretrained(folder)
-    extra = "".join(chr(ord("A") + i) for i in range(HF_CONFIG["vocab_size"] - 3 - len(ALPHABET)))
+    folder = folder / name
+    tiny_model(name).config.save_pretrained(folder)
+    extra = "".join(chr(ord("A") + i) for i in range(MODELS[name]["vocab_size"] - 3 - len(ALPHABET)))
     character_tokenizer(ALPHABET + extra).save_pretrained(folder)
     return folder

@@ -15,10 +15,12 @@ from torch import Tensor
 pytest.importorskip("nemo_rl", reason="NeMo-RL has sources and an environment of its own: make test-nemo-rl")
 
 from nemo_rl_layouts import BATCHING, LAYOUTS, LOSSES, NUM_ROWS, batch, temperature_of
-from real_policy import NAME, write_model_folder
+from real_policy import PADDED, write_model_folder
 
+from eapo_megatron.weights.families import padded_vocab_size
 from hf_reference import one_thread, tiny_model
 from launch import result_of, run_cases
+from layouts import MODELS
 
 SCRIPT = Path(__file__).parent / "nemo_rl_layouts.py"
 CASES = [(layout, batching) for layout in LAYOUTS for batching in BATCHING if (layout, batching) != ("PP2", "dynamic")]
@@ -27,7 +29,7 @@ CASES = [(layout, batching) for layout in LAYOUTS for batching in BATCHING if (l
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nemo_rl")
-    write_model_folder(folder / "model")
+    write_model_folder(folder, PADDED)
     for world_size in (1, 2):
         names = [name for name in LAYOUTS if (name == "single") == (world_size == 1)]
         run_cases(SCRIPT, world_size, [], folder, names, timeout=1500)
@@ -36,15 +38,20 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 @one_thread()
-def reference(temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [B, S] in float64, each response by itself in transformers' model; 0 elsewhere."""
-    data, model = batch(), copy.deepcopy(tiny_model(NAME)).double()
+def reference(temperature: float, padded_vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [B, S] in float64, each response by itself in transformers' model; 0 elsewhere.
+
+    NeMo-RL's log-probs count the columns that pad the vocabulary, whose weights are 0 here; entropies do not.
+    """
+    data, model = batch(), copy.deepcopy(tiny_model(PADDED)).double()
     log_probs, entropies = torch.zeros(2, *data["input_ids"].shape, dtype=torch.float64)
     for row, length in enumerate(data["input_lengths"].tolist()):
         tokens = data["input_ids"][row, :length]
         with torch.no_grad():
-            scores = (model(tokens[None]).logits[0, :-1] / temperature).log_softmax(-1)
-        log_probs[row, 1:length] = scores.gather(-1, tokens[1:, None]).squeeze(-1)
+            logits = model(tokens[None]).logits[0, :-1] / temperature
+        padded = torch.nn.functional.pad(logits, (0, padded_vocab_size - logits.shape[-1])).log_softmax(-1)
+        log_probs[row, 1:length] = padded.gather(-1, tokens[1:, None]).squeeze(-1)
+        scores = logits.log_softmax(-1)
         entropies[row, 1:length] = -(scores.exp() * scores).sum(-1)
     return log_probs, entropies
 
@@ -55,18 +62,21 @@ def test_entropies_come_with_the_log_probs(launches: Path, layout: str, batching
     response = batch()["token_mask"].bool()
     assert scores["entropies"].shape == scores["logprobs"].shape == response.shape
     assert scores["entropies"].dtype == torch.float32
-    expected_log_probs, expected = reference(temperature_of(layout))
-    torch.testing.assert_close(scores["entropies"][response].double(), expected[response], rtol=0, atol=2e-6)
-    torch.testing.assert_close(scores["logprobs"][response].double(), expected_log_probs[response], rtol=0, atol=5e-6)
+    padded = padded_vocab_size(MODELS[PADDED]["vocab_size"], LAYOUTS[layout][0])
+    assert padded > MODELS[PADDED]["vocab_size"]
+    expected_log_probs, expected = reference(temperature_of(layout), padded)
+    for name, values in (("entropies", expected), ("logprobs", expected_log_probs)):
+        torch.testing.assert_close(scores[name][response].double(), values[response], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("layout", "batching"), CASES)
 def test_a_step_takes_the_gradients_of_nemo_rls_own_loss(launches: Path, layout: str, batching: str, loss: str) -> None:
     ranks: list[dict[str, Any]] = result_of(launches, layout)[batching]["losses"][loss]
-    assert all(rank["equal gradients"] for rank in ranks)
-    assert max(rank["largest gradient"] for rank in ranks) > 1e-3
     for rank in ranks:
+        assert rank["largest gradient"] > 1e-2
+        # By sequence the weights are one product here and two means there: they round apart.
+        assert rank["largest difference"] <= (1e-6 * rank["largest gradient"] if loss == "by sequence" else 0.0)
         theirs, ours = rank["loss"]
         assert ours == pytest.approx(theirs, abs=2e-6)
         expected, actual = rank["metrics"]

@@ -25,7 +25,7 @@ from nemo_rl.environments.interfaces import EnvironmentReturn
 from nemo_rl.experience import rollouts
 from nemo_rl.utils.checkpoint import CheckpointManager
 from nemo_rl.utils.logger import Logger
-from real_policy import HF_CONFIG, NAME, build_policy, start_ranks, stop_ranks, write_model_folder
+from real_policy import UNPADDED, build_policy, start_ranks, stop_ranks, write_model_folder
 from real_recipe import RECIPE, TINY, run_grpo_eapo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -34,6 +34,7 @@ from eapo_megatron.integrations.nemo_rl.policy import EntropyPolicy
 from eapo_megatron.weights.export import export_weights
 from hf_reference import one_thread, tiny_model
 from launch import free_port
+from layouts import MODELS
 
 PROMPTS, GENERATIONS, STEPS, NEW_TOKENS, EOS = 4, 4, 2, 8, 1
 BATCH = PROMPTS * GENERATIONS
@@ -53,7 +54,7 @@ class Sampler:
     @torch.no_grad()
     def generate(self, data: BatchedDataDict, greedy: bool) -> BatchedDataDict:
         model = self.policy.worker_group.worker.model.eval().module
-        self.weights.append(dict(export_weights([model], HF_CONFIG)))
+        self.weights.append(dict(export_weights([model], MODELS[UNPADDED])))
         generator = torch.Generator().manual_seed(len(self.weights))
         lengths = data["input_lengths"].clone()
         tokens = torch.nn.functional.pad(data["input_ids"], (0, NEW_TOKENS))
@@ -61,7 +62,7 @@ class Sampler:
         rows = torch.arange(len(tokens))
         for _ in range(NEW_TOKENS):
             logits = model(tokens, torch.arange(tokens.shape[1])[None], None)[rows, lengths - 1]
-            scores = logits[:, : HF_CONFIG["vocab_size"]].log_softmax(-1)
+            scores = logits[:, : MODELS[UNPADDED]["vocab_size"]].log_softmax(-1)
             drawn = torch.multinomial(scores.exp(), 1, generator=generator).squeeze(-1)
             open_rows = rows[~ended]
             tokens[open_rows, lengths[open_rows]] = drawn[open_rows]
@@ -131,11 +132,11 @@ class Run:
     entropies: list[Tensor]
 
     def of_step(self, step: int) -> dict[str, Any]:
-        """The step's training data, as NeMo-RL logged them."""
+        """The step's training data, as NeMo-RL logged them: a response a line."""
         (path,) = self.folder.rglob(f"train_data_step{step}.jsonl")
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return {
-            name: torch.tensor([line[name] for line in lines]) for name in lines[0] if name not in ("content", "idx")
+            name: torch.tensor([line[name][0] for line in lines]) for name in lines[0] if name not in ("content", "idx")
         }
 
 
@@ -143,7 +144,7 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """`main` with the recipe; in the place of `setup` stands what it would have built, Ray and data sets aside."""
     folder = tmp_path_factory.mktemp("run")
-    model = write_model_folder(folder / "model")
+    model = write_model_folder(folder, UNPADDED)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     start_ranks()
     made: dict[str, Any] = {"entropies": []}
@@ -162,6 +163,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         made["sampler"] = Sampler(policy)
         loader = StatefulDataLoader(dataset(tokenizer), batch_size=PROMPTS, collate_fn=rl_collate_fn, drop_last=True)
         state = grpo._initial_grpo_save_state()
+        config.grpo.skip_reference_policy_logprobs_calculation = True  # as NeMo-RL's own does without a KL penalty
         return (
             policy, made["sampler"], None, None, loader, None, None, Logger(config.logger),
             CheckpointManager(config.checkpointing), state, config, {}, {},
@@ -211,7 +213,7 @@ class _Future:
 
 
 def model_of(weights: dict[str, Tensor]) -> torch.nn.Module:
-    model = copy.deepcopy(tiny_model(NAME)).double()
+    model = copy.deepcopy(tiny_model(UNPADDED)).double()
     model.load_state_dict({name: tensor.double() for name, tensor in weights.items()})
     return model
 

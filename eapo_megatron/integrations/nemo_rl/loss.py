@@ -103,6 +103,7 @@ class EAPOLossFn:
 
         log_probs, old_log_probs = next_token_logprobs.float(), of("prev_logprobs")
         generation_log_probs, needs = of("generation_logprobs"), self.algorithm.needs
+        corrections = self.algorithm.corrections(old_log_probs, generation_log_probs, mask)
         outputs = self.algorithm.loss(
             LossInputs(
                 log_probs=log_probs,
@@ -112,12 +113,14 @@ class EAPOLossFn:
                 ref_log_probs=of("reference_policy_logprobs") if needs.ref_log_probs else None,
                 weights=weights.float(),
                 rollout_log_probs=generation_log_probs if needs.rollout_log_probs else None,
-                corrections=self.algorithm.corrections(old_log_probs, generation_log_probs, mask),
+                corrections=corrections,
             )
         )
         metrics = {name: value.item() for name, value in outputs.metrics.items()}
         parts = (log_probs.detach(), old_log_probs, generation_log_probs)
         measured = _measured(*(torch.where(mask, part, 0.0) for part in parts))
+        if corrections is not None:
+            measured["sampling_importance_ratio"] = torch.where(mask, corrections, 0.0)
         metrics |= {name: (token_weights * measured[name]).sum().item() for name in _MEASURED}
         metrics["num_valid_samples"] = data["sample_mask"].sum().item()
         return outputs.loss, {"loss": outputs.loss.item(), **metrics}
