@@ -1,4 +1,4 @@
-"""NeMo-RL's GRPO with EAPO's advantages and loss: its examples/run_grpo.py with three parts put in (not run here).
+"""NeMo-RL's GRPO with EAPO's advantages and loss: its examples/run_grpo.py with three parts put in.
 
 From NeMo-RL's repository, with EAPO the folder of this one:
 

@@ -6,7 +6,8 @@
 - `advantages`: group advantages shaped where NeMo-RL estimates them, in the driver, which holds whole groups;
 - `loss`: the losses of `eapo_megatron.algorithms` behind NeMo-RL's LossFunction protocol.
 
-Importing this package imports nothing of NeMo-RL; `policy` and `worker` do. NeMo-RL itself was not run here.
+Importing this package imports nothing of NeMo-RL; `policy` and `worker` do. `make test-nemo-rl` runs them in NeMo-RL's
+own policy, worker and loop on CPU; its Ray actors, vLLM and GPUs were not run here.
 """
 
 from eapo_megatron.integrations.nemo_rl.advantages import EAPOAdvantageEstimator

@@ -1,7 +1,4 @@
-"""NeMo-RL's policy with workers that return entropies; it keeps those of the responses that it scored last.
-
-Not run here.
-"""
+"""NeMo-RL's policy with workers that return entropies; it keeps those of the responses that it scored last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NeMo-RL's Megatron worker whose old-log-prob pass returns entropies beside the log-probs. Not run here."""
+"""NeMo-RL's Megatron worker whose old-log-prob pass returns entropies beside the log-probs."""
 
 from __future__ import annotations
 
