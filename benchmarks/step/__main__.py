@@ -128,10 +128,10 @@ def search(place: Place, steps: int) -> dict[str, list[dict[str, Any]]]:
     """Seconds at every layout and micro-batch: "this loop" and "padded" of this loop, and TRL's; the fastest first."""
     found: dict[str, list[dict[str, Any]]] = {OURS: [], "padded": [], TRL: []}
     for layout, ranks in RANKS.items():
-        sizes = [size for size in (16, 32, 64, 128, 256) if size <= place.case.responses // ranks]
+        sizes = [place.case.responses // ranks // parts for parts in (1, 2, 4, 8)]
         side = Side.of_this_loop(place, ranks)
         for name, packing in ((OURS, "segments"), ("padded", "padded")):
-            for size in sizes[1:]:
+            for size in sizes:
                 setting = {"micro_batch_size": size, "packing": packing}
                 found[name].append({"layout": layout, **setting, "seconds": seconds_of(side, steps, setting)})
         side.close()
@@ -206,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, help="GSM8K as JSONL, with a question in each line; for (b)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--search-steps", type=int, default=2)
+    parser.add_argument("--search-steps", type=int, default=2, help="at each layout and micro-batch, after one")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
