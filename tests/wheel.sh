@@ -50,4 +50,4 @@ expect first-recipe 0 "$work/env/bin/eapo-megatron" train eapo-qwen2-tiny-arithm
     warm_start.steps=4 train.steps=2 train.num_prompts_per_step=4 train.mini_batch_prompts=2
 test -f "$work/first-recipe/runs/eapo-qwen2-tiny-arithmetic-1n2g-tp2/summary.json"
 expect demo 0 "$work/env/bin/eapo-megatron" report --demo
-expect job 0 "$work/env/bin/eapo-megatron" submit eapo-qwen2.5-7b-1n8g-tp2 --dry-run
+expect job 0 "$work/env/bin/eapo-megatron" submit eapo-qwen2-tiny-arithmetic-1n2g-tp2 --dry-run
