@@ -94,7 +94,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _turned(grad_out, *ctx.saved_tensors, -1), None, None
+        cosines, sines = ctx.saved_tensors
+        return _turned(grad_out, cosines, sines, -1), None, None
 
 
 def _turned(states: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
