@@ -102,10 +102,8 @@ def _packed_latent_attention(layout: Layout) -> float:
     padded = keys > values and not recomputes
     if padded:
         held += keys  # output as the kernel gives it
-    if layout.cp > 1 and not recomputes:
-        held += layout.cp * (keys + values + keys * padded)
-    else:
-        held += keys + (keys if padded else values)
+    copies = 1 if recomputes else layout.cp  # context-parallel ranks hold the keys and values of all
+    held += copies * (keys + (keys if padded else values))
     rotary = 4 * settings["qk_pos_emb_head_dim"]
     log_sum_exp = 0 if recomputes else heads
     return dtype * (held + rotary + latents / layout.sp) + FLOAT32 * (log_sum_exp + norms / layout.sp)
