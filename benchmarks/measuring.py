@@ -21,15 +21,21 @@ def peak_and_collectives(call: Callable[[], Any], *, beside_results: bool = Fals
 
     `beside_results` leaves the tensors that it returns out of the bytes: the last allocations of their sizes.
     """
+    result, allocations, events = profiled(call)
+    for tensor in result if beside_results else ():
+        last = len(allocations) - 1 - allocations[::-1].index(tensor.untyped_storage().nbytes())
+        allocations[last] = 0
+    collectives = sum(event.startswith("c10d::") for event in events)
+    return result, max(accumulate(allocations), default=0), collectives
+
+
+def profiled(call: Callable[[], Any]) -> tuple[Any, list[int], list[str]]:
+    """What call returns, the bytes of each of its allocations on the CPU (negative: set free), all events' names."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     allocations = [event.nbytes() for event in events if event.name() == "[memory]"]
-    for tensor in result if beside_results else ():
-        last = len(allocations) - 1 - allocations[::-1].index(tensor.untyped_storage().nbytes())
-        allocations[last] = 0
-    collectives = sum(event.name().startswith("c10d::") for event in events)
-    return result, max(accumulate(allocations), default=0), collectives
+    return result, allocations, [event.name() for event in events]
 
 
 def holding(call: Callable[[], Any]) -> tuple[Any, dict[int, int]]:

@@ -206,7 +206,7 @@ def test_near_deterministic_rows_keep_their_small_entropy(gap: float) -> None:
 def test_every_backend_computes_the_same(backend: Any, settings: dict[str, Any]) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-        import triton_on_cpu  # noqa: F401
+        from benchmarks import triton_on_cpu  # noqa: F401
     hidden, weight, targets = random_case(30, 1100)
     targets %= 1090
     upstream = (torch.linspace(-1, 1, 30).relu(), torch.linspace(-2, 1, 30).relu())

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("triton")
 
-import triton_on_cpu  # noqa: F401
+from benchmarks import triton_on_cpu  # noqa: F401
 from eapo_megatron.vocab_parallel import linear_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,8 @@
 """What CPU tensors need for the Triton backend to run as on a GPU; imported for its effect, which a GPU makes void.
 
-conftest.py turns on Triton's interpreter. Here torch gets the products of 16-bit matrices in float32 that it has on GPU
-alone, and the interpreter rounds float32 to bfloat16 to the nearest, as GPUs do, instead of truncating.
+Whoever imports it has turned on Triton's interpreter (TRITON_INTERPRET=1) before. Here torch gets the products of
+16-bit matrices in float32 that it has on GPU alone, and the interpreter rounds float32 to bfloat16 to the nearest, as
+GPUs do, instead of truncating.
 """
 
 from __future__ import annotations
