@@ -50,6 +50,7 @@ SMALL = Sizes(tokens=24, hidden=48, vocab=1_280, checked=15, repeats=1)
 
 def run(device: torch.device, *, small: bool) -> Findings:
     """Correctness, then time and memory."""
+    torch.set_float32_matmul_precision("highest")  # some images allow TF32
     if device.type == "cpu":
         from benchmarks import triton_on_cpu  # noqa: F401
     sizes = SMALL if small else FULL

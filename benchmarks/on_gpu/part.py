@@ -31,9 +31,11 @@ def run_part(name: str, device: str, *, small: bool) -> dict[str, Any]:
         return cannot_run(f"not installed: {', '.join(missing)}")
     part = importlib.import_module(f"benchmarks.on_gpu.{name}")
     try:
-        return {"status": "ran", **part.run(torch.device(device), small=small).as_json()}
+        found = part.run(torch.device(device), small=small).as_json()
     except CannotRunError as reason:
         return cannot_run(str(reason))
+    card = {"card": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return {"status": "ran", **card, **found}
 
 
 def cannot_run(reason: str) -> dict[str, Any]:
@@ -42,6 +44,8 @@ def cannot_run(reason: str) -> dict[str, Any]:
 
 def main() -> None:
     name, device, sizes, file = sys.argv[1:]
+    # The process is alone: its collectives need no network.
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if device == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     write_json(Path(file), run_part(name, device, small=sizes == "small"))
