@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -62,6 +63,7 @@ class Measured:
 
 def measured(call: Callable[[], Any], device: torch.device) -> Measured:
     """One call on an idle device. On the CPU the profiler counts bytes, which makes the seconds longer."""
+    gc.collect()  # or what earlier calls left could be set free during this one
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

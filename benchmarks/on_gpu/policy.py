@@ -94,12 +94,12 @@ SMALL = Sizes(
         "num_key_value_heads": 2,
         "initializer_range": 0.15,
     },
-    prompts=2,
+    prompts=4,
     generations=4,
     prompt_tokens=6,
-    response_tokens=24,
+    response_tokens=32,
     micro_batch_size=4,
-    compared=8,
+    compared=16,
     steps=2,
 )
 

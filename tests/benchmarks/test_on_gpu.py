@@ -17,6 +17,7 @@ from benchmarks.on_gpu import __main__ as command
 from benchmarks.on_gpu.meter import Check, Findings
 from benchmarks.on_gpu.part import PARTS, run_part
 
+pytestmark = pytest.mark.slow
 # All parts in one process: importing Megatron takes longer than the parts. The last one has a wrong reference.
 SCRIPT = """
 import json, sys
