@@ -166,6 +166,7 @@ def test_an_interrupted_transfer_is_never_served(engine: VLLMEngine, policy: Pol
     ("left_out", "named"),
     [
         ("model.layers.1.self_attn.k_proj.weight", "layers.1.self_attn.qkv_proj"),
+        ("model.layers.2.", "layers.2.mlp.down_proj.weight"),
         ("model.embed_tokens", "embed_tokens.weight"),
     ],
 )
