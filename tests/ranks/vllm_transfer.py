@@ -1,11 +1,12 @@
 """What ranks do: weights of a layout to vLLM and back as log-probs, for two versions of the weights.
 
-Arguments: the model's folder, the recipe as JSON, the file for the results.
+Arguments: a recipe as JSON and the file for its results, and so on: one after the other.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from eapo_megatron.rollout.vllm_engine import open_engine
 from eapo_megatron.weights.assets import save_run_assets
 from eapo_megatron.weights.export import export_weights
 from eapo_megatron.weights.huggingface import hf_config_of, weight_source
+from launch import free_port
 
 PROMPTS = [[5, 6, 7, 8], [9], [(7 * i) % 37 for i in range(80)]]
 TEMPERATURE = 0.7
@@ -62,8 +64,10 @@ def main(recipe: Recipe, out: Path) -> None:
         engine.close()
     if runtime.is_main:
         out.write_text(json.dumps(results))
+    os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
     stop_runtime()
 
 
 if __name__ == "__main__":
-    main(Recipe.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]))
+    for recipe, out in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        main(Recipe.model_validate(json.loads(recipe)), Path(out))
