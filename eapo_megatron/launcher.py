@@ -77,11 +77,17 @@ def check_devices(recipe: Recipe, local_rank: int | None = None) -> None:
             raise RecipeError(
                 f"model.head.backend triton needs a GPU, and cluster.device {cluster.device} is the CPU here"
             )
+        if recipe.model.attention_backend == "flex":
+            raise RecipeError(
+                "model.attention_backend flex has no backward on the CPU, which cluster.device "
+                f"{cluster.device} is here: leave it auto"
+            )
         return
-    if recipe.train.packing == "segments":
+    by_pieces = recipe.train.packing == "segments" and recipe.model.attention_backend == "torch"
+    if by_pieces and recipe.model.dtype == "float32":
         raise RecipeError(
-            "train.packing segments has its attention for the CPU alone, and cluster.device "
-            f"{cluster.device} is the GPU here: set train.packing padded"
+            "model.attention_backend torch has no kernel for model.dtype float32 on GPUs with train.packing segments: "
+            "leave it auto"
         )
     if not torch.cuda.is_available():
         raise RecipeError("cluster.device cuda: PyTorch sees no GPU on this machine")

@@ -106,6 +106,7 @@ def experiment(recipe: Recipe) -> dict[str, Any]:
         ("rollout", "verify_weights"),
         ("reward", "num_workers"),
         ("model", "recompute"),
+        ("model", "attention_backend"),
         ("algorithm", "reference_on_host"),
     ):
         del settings[section][key]

@@ -60,6 +60,8 @@ class Model(Section):
     """Type of weights and activations; bfloat16 keeps float32 master weights in the optimizer."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward to save memory: none, those of attention's core, or every layer's."""
+    attention_backend: Literal["auto", "torch", "flex"] = "auto"
+    """Attention of packed rows: torch's flash kernel by pieces, or FlexAttention; auto: flex on GPUs, torch on CPU."""
     routing_replay: Literal["none", "r2", "r3"] = "none"
     """Mixtures of experts: updates replay the experts of the old policy's forward (r2) or of the sampler (r3)."""
     head: Head = Head()

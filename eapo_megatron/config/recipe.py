@@ -76,6 +76,8 @@ class Recipe(Section):
                 f"parallel.context_parallel_size {self.parallel.context_parallel_size} needs train.packing segments: "
                 "padded micro-batches are not divided over ranks"
             )
+        if self.model.attention_backend == "flex" and self.train.packing == "padded":
+            raise ValueError("model.attention_backend flex needs train.packing segments: it is for packed rows")
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens - 1
         if self.train.micro_batch_tokens is not None and self.train.micro_batch_tokens < longest:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from eapo_megatron.megatron_compat import cpu_kernels
-from eapo_megatron.policy.segment_attention import segment_attention
 from eapo_megatron.policy.segments import Segments
 from eapo_megatron.policy.shared_prompts import SharedPrompts
 
@@ -26,14 +25,22 @@ class ScaledDotProductAttention(MegatronModule):
     """Core attention through torch's fused kernels: memory linear in the sequence length, on CPU and GPU.
 
     Megatron's local attention holds [b, heads, s, s] scores in float32 and refuses differing head counts per group.
+    `packed_backend` is that of packed rows.
     """
 
     def __init__(
-        self, config: TransformerConfig, *, layer_number: int = 0, softmax_scale: float | None = None, **_: Any
+        self,
+        config: TransformerConfig,
+        *,
+        layer_number: int = 0,
+        softmax_scale: float | None = None,
+        packed_backend: Literal["auto", "torch", "flex"] = "auto",
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
+        self.packed_backend = packed_backend
 
     def forward(
         self,
@@ -56,9 +63,9 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_bias is None
         if packed_seq_params is not None:
             query, key, value = (part.squeeze(1) for part in (query, key, value))
-            key, value = packed_seq_params.of_row(key, value)
-            causal, contexts = packed_seq_params.causal, packed_seq_params.contexts
-            context = segment_attention(query, key, value, causal, contexts, scale=self.softmax_scale)
+            context = packed_seq_params.attend(
+                query, key, value, scale=self.softmax_scale, backend=self.packed_backend
+            )
             return context.flatten(1).unsqueeze(1)
         if isinstance(attention_mask, SharedPrompts):
             return attention_mask.attend(self.layer_number, query, key, value, scale=self.softmax_scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,13 +17,22 @@ from eapo_megatron.weights.fused_norms import FUSED, FUSED_NORMS
 
 
 def block_spec(
-    config: TransformerConfig, *, vp_stage: int | None, transformer_engine: bool
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None,
+    transformer_engine: bool,
+    attention_backend: Literal["auto", "torch", "flex"],
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage's chunk: Transformer Engine's where asked for (not run here), else local."""
+    """The layers of this pipeline stage's chunk: Transformer Engine's where asked for (not run here), else local.
+
+    `attention_backend` is that of packed rows, with either.
+    """
+    core_attention = ModuleSpec(ScaledDotProductAttention, params={"packed_backend": attention_backend})
     block = get_gpt_decoder_block_spec(
         config, transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
     for layer in block.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = core_attention
         _adapt(layer, config, transformer_engine=transformer_engine)
     if not transformer_engine:
         block.layer_norm = RMSNorm
@@ -31,7 +42,6 @@ def block_spec(
 def _adapt(layer: ModuleSpec, config: TransformerConfig, *, transformer_engine: bool) -> None:
     parts = layer.submodules
     attention = parts.self_attention.submodules
-    attention.core_attention = ScaledDotProductAttention
     latent = config.multi_latent_attention
     if latent:
         parts.self_attention.module = LatentSelfAttention

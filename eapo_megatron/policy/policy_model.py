@@ -288,7 +288,12 @@ def build_policy(
         vp_stage = index if virtual else None
         module = PolicyChunk(
             config,
-            transformer_layer_spec=block_spec(config, vp_stage=vp_stage, transformer_engine=use_te),
+            transformer_layer_spec=block_spec(
+                config,
+                vp_stage=vp_stage,
+                transformer_engine=use_te,
+                attention_backend=model.attention_backend,
+            ),
             head=model.head,
             real_vocab_size=hf_config["vocab_size"],
             vocab_size=padded_vocab_size(hf_config["vocab_size"], parallel.tensor_model_parallel_size),

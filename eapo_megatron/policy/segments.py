@@ -14,13 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from eapo_megatron.policy.context_parallel import ALONE, Context, Cut, cut
-from eapo_megatron.policy.segment_attention import Span
+from eapo_megatron.policy.flex_attention import block_mask, flex_segment_attention
+from eapo_megatron.policy.segment_attention import Span, segment_attention
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,31 @@ class Segments(PackedSeqParams):
     def of_positions(self, table: Tensor) -> Tensor:
         """The rows of a rotary table [length, 1, 1, d] at these positions, [t, 1, 1, d]."""
         return table.index_select(0, self.positions)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        backend: Literal["auto", "torch", "flex"] = "auto",
+    ) -> Tensor:
+        """Attention of this rank's query [t, heads, d], key [t, groups, d] and value [t, groups, dv] -> [t, heads, dv].
+
+        It is over the row's keys; see `segment_attention` and `flex_segment_attention`, which `auto` takes on GPUs.
+        """
+        key, value = self.of_row(key, value)
+        if backend == "flex" or (backend == "auto" and query.is_cuda):
+            return flex_segment_attention(query, key, value, self.block_mask, scale=scale)
+        return segment_attention(query, key, value, self.causal, self.contexts, scale=scale)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """What the spans say as a mask for `flex_segment_attention`: made once for all layers."""
+        queries = self.positions.numel()
+        keys = queries if self.order is None else self.order.numel()
+        return block_mask(self.causal, self.contexts, queries, keys, self.positions.device)
 
     def of_row(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The row's keys [N, groups, d] and values [N, groups, dv], from this rank's [t, groups, ...]."""
