@@ -131,6 +131,7 @@ class Layout:
     dtype: str = "float32"
     recompute: str = "none"
     packing: str = "padded"  # of REPLAYED
+    attention_backend: str = "auto"  # of PACKED
     head: str | None = None
     rollouts: bool = False
     methods: bool = False
@@ -308,6 +309,10 @@ PACKED |= {
     "CP2 PP2 VPP2": Layout(4, CP2 | PP2 | VPP2, micro_batch_size=12, micro_batch_tokens=14),
     "CP2 DP2": Layout(4, CP2 | SHARDED, micro_batch_size=12, micro_batch_tokens=14, optimizer="adam"),
     "CP2 DP2 EP4, deepseek_v3": Layout(4, CP2 | EP4, model="deepseek_v3", micro_batch_size=12, micro_batch_tokens=14),
+    "single, flex": Layout(1, micro_batch_size=12, attention_backend="flex"),
+    "CP2, flex, deepseek_v3": Layout(
+        2, CP2, model="deepseek_v3", micro_batch_size=12, recompute="selective", attention_backend="flex"
+    ),
     "CP4": Layout(4, {"context_parallel_size": 4}, micro_batch_size=12),
 }
 # Optimizer steps, and steps of which some or all responses have no gradient, are run where they may differ.

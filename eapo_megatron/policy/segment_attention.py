@@ -129,7 +129,7 @@ def _flash_backward(
     grads: tuple[Tensor, ...]
     if query.is_cuda:
         no_dropout = torch.empty(2, dtype=torch.uint64, device=query.device)  # its random state, which is not read
-        lse = lse.contiguous()  # the kernel reads its memory in order
+        lse = lse.contiguous()  # the kernel goes through its memory in order
         lengths = None, None, query.shape[2], key.shape[2]
         grads = aten._scaled_dot_product_flash_attention_backward(
             *parts, lse, *lengths, 0.0, is_causal, no_dropout, no_dropout, scale=scale

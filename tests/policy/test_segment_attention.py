@@ -1,9 +1,10 @@
-"""Attention over ragged pieces of a packed row against dense masked attention in float64."""
+"""Attention over ragged pieces of a packed row, by either backend, against dense masked attention in float64."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -11,8 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from eapo_megatron.policy.segment_attention import Span, segment_attention
+from eapo_megatron.policy.context_parallel import Context
+from eapo_megatron.policy.flex_attention import block_mask, flex_segment_attention
+from eapo_megatron.policy.segment_attention import Span, _flash, _flash_backward, segment_attention
+from eapo_megatron.policy.segments import Part, Segments, cut_of, segments_of
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
@@ -76,7 +83,33 @@ def allowed_by(row: Row) -> Tensor:
     return allowed
 
 
-def compared(seed: int, dtype: torch.dtype, sizes: tuple[int, int], scale: float | None) -> list[tuple[Tensor, Tensor]]:
+def by_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: Sequence[tuple[Span, Span]],
+    contexts: Sequence[tuple[Span, Span]],
+    *,
+    scale: float | None,
+) -> Tensor:
+    """FlexAttention with the arguments of `segment_attention`."""
+    mask = block_mask(causal, contexts, len(query), len(key), query.device)
+    return flex_segment_attention(query, key, value, mask, scale=scale)
+
+
+@pytest.fixture
+def _flex_trains_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check alone keeps torch's FlexAttention from it; its formula for the CPU has a backward."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+
+
+def compared(
+    seed: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    scale: float | None,
+    attend: Callable[..., Tensor] = segment_attention,
+) -> list[tuple[Tensor, Tensor]]:
     """Output and gradients, with those of the dense form in float64."""
     source = random.Random(seed)
     row = random_row(source)
@@ -94,7 +127,7 @@ def compared(seed: int, dtype: torch.dtype, sizes: tuple[int, int], scale: float
     ]
     grad = draw(len(row.queries), groups * repeats, value_size)
     ours = [part.clone().requires_grad_() for part in inputs]
-    out = segment_attention(*ours, row.causal, row.contexts, scale=scale)
+    out = attend(*ours, row.causal, row.contexts, scale=scale)
     exact = [part.double().requires_grad_() for part in inputs]
     expected = dense(*exact, allowed_by(row), scale or size**-0.5)
     return [
@@ -129,3 +162,66 @@ def test_places_in_no_span_get_zeros_and_give_none() -> None:
     out = segment_attention(*parts, [], [])
     assert not out.any()
     assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), parts))
+
+
+@pytest.mark.usefixtures("_flex_trains_on_cpu")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("sizes", "scale"), [((8, 8), None), ((16, 6), 0.3), ((6, 16), None)])
+def test_flex_is_dense_attention_too(dtype: torch.dtype, sizes: tuple[int, int], scale: float | None) -> None:
+    for actual, expected in compared(0, dtype, sizes, scale, by_flex):
+        assert actual.dtype == dtype
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().max() <= 100 * UNIT[dtype] * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_flex_sees_what_the_spans_say(seed: int) -> None:
+    row = random_row(random.Random(seed))
+    mask = block_mask(row.causal, row.contexts, len(row.queries), row.length, torch.device("cpu"))
+    seen = create_mask(mask.mask_mod, 1, 1, len(row.queries), row.length, device="cpu")
+    assert torch.equal(seen[0, 0], allowed_by(row))
+
+
+def packed_row(rank: int, ranks: int, prompt: int = 300) -> Segments:
+    """A rank's places of a row whose prompt and responses are of several blocks."""
+    parts = [Part((0, 1, 2), prompt, (400, 1, 150)), Part((3,), 290, (310,))]
+    context = Context(rank, ranks)
+    cut = cut_of(parts, context)
+    return segments_of(parts, cut, cut.most + 3, torch.device("cpu"), context)
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2)])
+def test_blocks_are_those_that_torch_counts(rank: int, ranks: int) -> None:
+    mask = packed_row(rank, ranks).block_mask
+    counted = create_block_mask(mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu")
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_indices", "full_q_indices"):
+        assert torch.equal(getattr(mask, name), getattr(counted, name)), name
+    assert mask.full_kv_num_blocks.any()
+    assert mask.kv_num_blocks.any()
+
+
+@pytest.mark.usefixtures("_flex_trains_on_cpu")
+def test_flex_is_compiled_once_for_packs_of_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flex_attention, backend=counter, dynamic=True, fullgraph=True)
+    monkeypatch.setattr("eapo_megatron.policy.flex_attention.flex_attention", compiled)
+    for prompt in (300, 170, 555):
+        segments = packed_row(0, 1, prompt)
+        query = torch.randn(len(segments.positions), 4, 16, requires_grad=True)
+        key, value = (torch.randn(len(segments.positions), 2, 16, requires_grad=True) for _ in range(2))
+        outs = [segments.attend(query, key, value, scale=None, backend=backend) for backend in ("torch", "flex")]
+        grads = [torch.autograd.grad(out.square().sum(), (query, key, value)) for out in outs]
+        for of_torch, of_flex in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+            torch.testing.assert_close(of_flex, of_torch)
+    assert counter.frame_count == 1
+
+
+def test_the_kernel_of_gpus_takes_the_arguments() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        query = torch.empty(1, 4, 30, 64, device="cuda", dtype=torch.bfloat16)
+        key = torch.empty(1, 2, 50, 64, device="cuda", dtype=torch.bfloat16)
+        out, lse = _flash(query, key, key, False, 0.1)
+        assert out.shape == query.shape
+        assert (lse.shape, lse.dtype) == (query.shape[:-1], torch.float32)
+        grads = _flash_backward(out, query, key, key, out, lse, False, 0.1)
+        assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]

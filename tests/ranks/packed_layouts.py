@@ -51,7 +51,13 @@ def measure(name: str, models: Path) -> tuple[Runtime, dict[str, Any]]:
     parallel = Parallel(**layout.parallel)
     runtime = start_runtime(parallel, seed=1)
     source = HuggingFaceWeights(models / layout.model)
-    model = Model(path=str(source.folder), recompute=layout.recompute, dtype="float32", head=Head(backend=layout.head))
+    model = Model(
+        path=str(source.folder),
+        recompute=layout.recompute,
+        attention_backend=layout.attention_backend,
+        dtype="float32",
+        head=Head(backend=layout.head),
+    )
     policy = build_policy(source.hf_config, model, parallel, runtime)
     results: dict[str, Any] = {}
     alone = name in PADDED.values()
@@ -150,6 +156,8 @@ def tokens_read(policy: Policy) -> Iterator[list[int]]:
 
 def main(models: Path, out: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
+    # A check alone keeps torch's FlexAttention from training on the CPU.
+    torch.nn.attention.flex_attention._validate_device = lambda *_: None
     for name in cases(out, names):
         runtime, results = measure(name, models)
         if runtime.is_main:
