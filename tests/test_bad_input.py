@@ -263,7 +263,15 @@ COMBINATIONS = [
     refused("model.head.backend=triton", says="model.head.backend triton needs a GPU"),
     refused("cluster.device=cuda", says="cluster.device cuda: PyTorch sees no GPU"),
     refused(
-        "cluster.device=cuda", "train.packing=segments", says="train.packing segments has its attention for the CPU"
+        "model.attention_backend=flex",
+        "train.packing=segments",
+        says="model.attention_backend flex has no backward on the CPU",
+    ),
+    refused(
+        "cluster.device=cuda",
+        "train.packing=segments",
+        "model.attention_backend=torch",
+        says="model.attention_backend torch has no kernel for model.dtype float32 on GPUs",
     ),
     refused("cluster.device=cuda", says="cluster.device cuda: PyTorch sees no GPU", environment=RANKS),
     refused("model.head.backend=triton", says="model.head.backend triton needs a GPU", environment=RANKS),

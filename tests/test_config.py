@@ -90,6 +90,7 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
             "parallel.context_parallel_size=2",
             "parallel.context_parallel_size 2 needs train.packing segments: padded micro-batches are not divided",
         ),
+        ("model.attention_backend=flex", "model.attention_backend flex needs train.packing segments"),
         ("parallel.context_parallel_size=0", "parallel.context_parallel_size: input should be greater than or equal"),
         ("train.mini_batch_prompts=1000", "train.mini_batch_prompts 1000 exceeds train.num_prompts_per_step 64"),
         ("model.path=x", "model: give either path (a Hugging Face folder) or architecture"),

@@ -155,7 +155,7 @@ def test_what_defines_the_experiment(tmp_path: Path) -> None:
         cluster={"gpus_per_node": 4},
         rollout={"max_batch_size": 8},
         reward={"num_workers": 1},
-        model={"recompute": "full", "head": {"backend": "logits"}},
+        model={"recompute": "full", "attention_backend": "torch", "head": {"backend": "logits"}},
     )
     for changed in (
         {"optimizer": {"lr": 4e-5}},
