@@ -85,6 +85,6 @@ def _runs(
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of blocks (bool [rows, columns]) how many there are, and their columns in front: int32, as [1, 1]."""
+    """For each row of blocks (bool [rows, columns]) how many there are, and their columns first; int32 [1, 1, ...]."""
     columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], columns.int()[None, None]

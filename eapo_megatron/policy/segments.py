@@ -86,9 +86,10 @@ class Segments(PackedSeqParams):
         """Attention of this rank's query [t, heads, d], key [t, groups, d] and value [t, groups, dv] -> [t, heads, dv].
 
         It is over the row's keys; see `segment_attention` and `flex_segment_attention`, which `auto` takes on GPUs.
+        Where no place sees any, the first gives zeros without a kernel.
         """
         key, value = self.of_row(key, value)
-        if backend == "flex" or (backend == "auto" and query.is_cuda):
+        if self.causal and (backend == "flex" or (backend == "auto" and query.is_cuda)):
             return flex_segment_attention(query, key, value, self.block_mask, scale=scale)
         return segment_attention(query, key, value, self.causal, self.contexts, scale=scale)
 

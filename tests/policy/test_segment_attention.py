@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -214,6 +214,15 @@ def test_flex_is_compiled_once_for_packs_of_all_lengths(monkeypatch: pytest.Monk
         for of_torch, of_flex in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
             torch.testing.assert_close(of_flex, of_torch)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "flex"])
+def test_a_row_without_tokens_gives_zeros(backend: Literal["torch", "flex"]) -> None:
+    segments = segments_of([], cut_of([], Context()), 1, torch.device("cpu"))
+    segments.order = torch.zeros(0, dtype=torch.int64)  # as under context parallelism: no keys
+    query = torch.randn(1, 2, 4)
+    out = segments.attend(query, query, query, scale=None, backend=backend)
+    assert not out.any()
 
 
 def test_the_kernel_of_gpus_takes_the_arguments() -> None:
