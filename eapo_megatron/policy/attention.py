@@ -63,9 +63,7 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_bias is None
         if packed_seq_params is not None:
             query, key, value = (part.squeeze(1) for part in (query, key, value))
-            context = packed_seq_params.attend(
-                query, key, value, scale=self.softmax_scale, backend=self.packed_backend
-            )
+            context = packed_seq_params.attend(query, key, value, scale=self.softmax_scale, backend=self.packed_backend)
             return context.flatten(1).unsqueeze(1)
         if isinstance(attention_mask, SharedPrompts):
             return attention_mask.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
