@@ -27,7 +27,9 @@ def flex_segment_attention(
     A query that sees nothing gets zeros. `scale` multiplies the scores; None: d^-0.5. `heads` is a multiple of
     `groups`. On the CPU torch computes all scores, and refuses to train.
     """
-    attend = _compiled() if query.is_cuda else flex_attention
+    attend: Callable[..., Any] = flex_attention
+    if query.is_cuda:
+        attend = _compiled()
     query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
     out: Tensor = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
