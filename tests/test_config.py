@@ -81,16 +81,11 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
         ("algorithm.shaping.alpha=much", "algorithm.shaping.alpha must be a number, got 'much'"),
         ("algorithm.advantage_estimator=gae", "algorithm.advantage_estimator must be one of grpo, dr_grpo"),
         ("rollout.num_generations_per_prompt=1", "rollout.num_generations_per_prompt is 1: the group estimator grpo"),
-        ("train.micro_batch_tokens=100", "train: micro_batch_tokens needs packing segments"),
+        ("train={packing: padded, micro_batch_tokens: 100}", "train: micro_batch_tokens needs packing segments"),
         (
-            "train={packing: segments, micro_batch_tokens: 100}",
+            "train.micro_batch_tokens=100",
             "train.micro_batch_tokens 100 is less than what the model reads of one response",
         ),
-        (
-            "parallel.context_parallel_size=2",
-            "parallel.context_parallel_size 2 needs train.packing segments: padded micro-batches are not divided",
-        ),
-        ("model.attention_backend=flex", "model.attention_backend flex needs train.packing segments"),
         ("parallel.context_parallel_size=0", "parallel.context_parallel_size: input should be greater than or equal"),
         ("train.mini_batch_prompts=1000", "train.mini_batch_prompts 1000 exceeds train.num_prompts_per_step 64"),
         ("model.path=x", "model: give either path (a Hugging Face folder) or architecture"),
@@ -112,6 +107,21 @@ def test_a_wrong_setting_is_one_sentence_naming_the_key(recipe: Path, override: 
         load_recipe(recipe, [override])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "parallel.context_parallel_size=2",
+            "parallel.context_parallel_size 2 needs train.packing segments: padded micro-batches are not divided",
+        ),
+        ("model.attention_backend=flex", "model.attention_backend flex needs train.packing segments"),
+    ],
+)
+def test_what_needs_packed_rows_is_refused_with_padded_ones(recipe: Path, override: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe(recipe, ["train.packing=padded", override])
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Every import statement counts: those for type checkers and those inside function
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -116,3 +117,9 @@ def test_a_room_of_torch_alone_imports_nothing_else(room: str) -> None:
         if target.split(".")[0] not in allowed and room_of(target) != room
     }
     assert of_others == set()
+
+
+def test_a_report_needs_neither_megatron_nor_transformers() -> None:
+    asks = "import eapo_megatron.report.report, sys; print(*{'megatron', 'transformers'} & sys.modules.keys())"
+    found = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True)
+    assert (found.stdout.strip(), found.stderr) == ("", "")

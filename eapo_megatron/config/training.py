@@ -88,7 +88,7 @@ class Train(Section):
     """Prompts of one optimizer step, with all their responses, over all ranks."""
     micro_batch_size: int = Field(1, ge=1)
     """Responses in one forward and backward on one model replica; packed, at most so many."""
-    packing: Literal["segments", "padded"] = "padded"
+    packing: Literal["segments", "padded"] = "segments"
     """A micro-batch's form: segments packs it in one row, a group's prompt once; padded has a row for each response."""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Tokens that the model reads in one packed micro-batch, at most; null: any number. See docs/packing.md."""

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +25,11 @@ import torch
 from torch import Tensor
 
 from eapo_megatron.algorithms import QUADRANTS
-from eapo_megatron.data.prompts import Prompt
 from eapo_megatron.durable import write_bytes
-from eapo_megatron.policy.batching import Batch
+
+if TYPE_CHECKING:  # records are read without Megatron
+    from eapo_megatron.data.prompts import Prompt
+    from eapo_megatron.policy.batching import Batch
 
 TOKENS_FOLDER = "tokens"
 VERSION = 1

@@ -52,7 +52,10 @@ def test_a_folder_goes_before_the_public_table(tmp_path: Path) -> None:
         (["parallel.tensor_model_parallel_size=8"], "does not divide the model's num_attention_heads 28"),
         (["parallel.expert_model_parallel_size=2"], "the model has no experts"),
         (["algorithm.shaping.alpha=3"], "alpha"),
-        (["rollout.max_response_tokens=200000"], "exceeds the model's max_position_embeddings 131072"),
+        (
+            ["rollout.max_response_tokens=200000", "train.micro_batch_tokens=null"],
+            "exceeds the model's max_position_embeddings 131072",
+        ),
     ],
 )
 def test_what_training_would_refuse_is_refused(overrides: list[str], sentence: str) -> None:
@@ -94,15 +97,17 @@ def test_a_layout_on_half_of_the_ranks_does_not_fit() -> None:
 
 
 def test_no_layout_for_responses_too_long() -> None:
-    plan = plan_of(DENSE, "rollout.max_response_tokens=130000", "train.micro_batch_size=1000")
+    padded = "train={packing: padded, micro_batch_size: 1000, micro_batch_tokens: null}"
+    plan = plan_of(DENSE, "rollout.max_response_tokens=130000", padded)
     assert plan.fits is False
     assert plan.smallest is None
 
 
 def test_more_of_a_recipe_takes_more_memory() -> None:
     base = plan_of(DENSE).memory
-    assert plan_of(DENSE, "train.micro_batch_size=4").memory.activations == pytest.approx(
-        2 * base.activations, rel=0.01
+    of_two, of_four = (1024 + count * 3071 for count in (2, 4))  # a prompt once, responses without their last tokens
+    assert plan_of(DENSE, "train.micro_batch_tokens=16384").memory.activations == pytest.approx(
+        of_four / of_two * base.activations, rel=0.01
     )
     assert plan_of(DENSE, "model.recompute=full").memory.activations < base.activations / 4
     assert plan_of(DENSE, "rollout.max_batch_size=256").memory.kv_cache == 2 * base.kv_cache
