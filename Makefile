@@ -21,11 +21,8 @@ study-quick: setup
 
 test: lint suite
 
-# Tests that start several ranks want the machine for themselves.
-SUITE := not slurm and not kills and not docs
 suite: setup
-	$(BIN)/pytest -n auto -m "not distributed and $(SUITE)"
-	$(BIN)/pytest -m "distributed and $(SUITE)"
+	$(BIN)/pytest -n auto --dist loadgroup
 
 # Property tests alone, on fresh examples and many. A failure prints the decorator that draws its example again.
 test-random: setup

@@ -19,7 +19,7 @@ def command(recipe: Path, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "eapo_megatron.cli", "train", str(recipe), *overrides]
 
 
-def train(recipe: Path, *overrides: str, expect: int = 0, timeout: float = 300) -> str:
+def train(recipe: Path, *overrides: str, expect: int = 0, timeout: float = 600) -> str:
     """Runs to the end -> stderr."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
@@ -30,7 +30,7 @@ def train(recipe: Path, *overrides: str, expect: int = 0, timeout: float = 300) 
 
 
 def train_until(
-    recipe: Path, *overrides: str, until: Callable[[], bool], send: signal.Signals, to: str, timeout: float = 300
+    recipe: Path, *overrides: str, until: Callable[[], bool], send: signal.Signals, to: str, timeout: float = 600
 ) -> int:
     """Runs until `until()`, then sends a signal to the "launcher" or its "last rank" -> the exit code.
 

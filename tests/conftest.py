@@ -31,13 +31,18 @@ SCRIPT = Path(__file__).parent / "ranks" / "every_layout.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Marks the tests that use one of the launches below, and those whose module imports what starts ranks."""
+    """Marks the tests that use one of the launches below, and those whose module imports what starts ranks.
+
+    Tests that share launches stay in one process (xdist's group).
+    """
     for item in items:
         if any(name == "measured" or name.startswith("launch_of_") for name in item.fixturenames):
             item.add_marker(pytest.mark.distributed)
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group("every layout"))
         elif any(map(_starts_ranks, vars(item.module).values())):
             item.add_marker(pytest.mark.distributed)
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
 def _starts_ranks(imported: Any) -> bool:

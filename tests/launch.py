@@ -23,7 +23,7 @@ PR_SET_PDEATHSIG = 1
 TESTS = Path(__file__).parent
 
 
-def run_ranks(script: Path, world_size: int, args: Sequence[str | Path] = (), *, timeout: float = 300.0) -> list[str]:
+def run_ranks(script: Path, world_size: int, args: Sequence[str | Path] = (), *, timeout: float = 600.0) -> list[str]:
     """Runs `python script args` as ranks 0 to world_size - 1 of one process group -> the stdout of each.
 
     Raises:
@@ -68,7 +68,7 @@ def run_cases(
     out: Path,
     names: Sequence[str],
     *,
-    timeout: float = 600.0,
+    timeout: float = 1800.0,
 ) -> None:
     """Runs `python script args out names` on ranks that go through the cases of these names with `cases`.
 

@@ -21,7 +21,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 ARITHMETIC = """
 seed: 3
-cluster: {gpus_per_node: 2, device: cpu, timeout_minutes: 0.15}
+cluster: {gpus_per_node: 2, device: cpu, timeout_minutes: 1}
 model:
   dtype: float32
   architecture: {model_type: qwen2, vocab_size: 29, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2,
@@ -79,7 +79,9 @@ def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arith
     assert all(line["grad_norm"] > 0 for line in whole[1:])
 
     checkpoint = runs / "hung" / "checkpoints" / "step_000002"
-    assert train_until(arithmetic, "name=hung", until=checkpoint.is_dir, send=signal.SIGSTOP, to="last rank") != 0
+    in_seconds = "cluster.timeout_minutes=0.25"
+    stopped = {"until": checkpoint.is_dir, "send": signal.SIGSTOP, "to": "last rank"}
+    assert train_until(arithmetic, "name=hung", in_seconds, **stopped) != 0
     train(arithmetic, "name=hung", "train.steps=5")
     resumed = metrics(runs / "hung")
     assert resumed[:5] == whole[:5]
