@@ -30,6 +30,7 @@ if importlib.util.find_spec("hypothesis"):
 SCRIPT = Path(__file__).parent / "ranks" / "every_layout.py"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Marks the tests that use one of the launches below, and those whose module imports what starts ranks.
 
