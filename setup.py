@@ -55,7 +55,7 @@ setup(
         "dev": [
             "pytest>=8.3",
             "pytest-cov>=6",
-            "pytest-xdist>=3.6",  # the tests of one process on all cores
+            "pytest-xdist>=3.6",  # tests on all cores
             "hypothesis>=6.112",
             "ruff==0.14.5",
             "mypy==1.18.2",
