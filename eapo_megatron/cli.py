@@ -328,12 +328,13 @@ def convert_from_hf(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="What Megatron-LM's --load is given.")],
     dtype: Annotated[DType | None, typer.Option(help="Default: as the folder has it.")] = None,
+    nemo: Annotated[bool, typer.Option("--nemo", help="For NeMo 2's RestoreConfig instead.")] = False,
 ) -> None:
     """Writes a megatron-core torch_dist checkpoint from a Hugging Face folder."""
     from eapo_megatron.weights.convert import from_hf  # torch: seconds
 
     with _whole_or_nothing(out):
-        from_hf(source, out, dtype=_dtype(dtype))
+        from_hf(source, out, dtype=_dtype(dtype), nemo=nemo)
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

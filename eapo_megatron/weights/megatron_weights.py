@@ -25,6 +25,7 @@ from eapo_megatron.weights.torch_dist import Chunk, TorchDistTensors
 EMBEDDING = "embedding.word_embeddings.weight"
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # what Megatron-LM calls a checkpoint that starts a run: weights alone, iteration 0
+NEMO_WEIGHTS, NEMO_PREFIX = "weights", "module."  # the folder and the keys' beginning of a NeMo 2 checkpoint
 OPTIMIZER_ROOTS = ("optimizer", "chained_")  # of keys beside the model's own
 
 
@@ -37,7 +38,7 @@ def find_checkpoint(path: Path, *, key: str, check: Callable[[Path], object] = c
     Raises:
         RecipeError: when there is none, or what `check` says of the only one.
     """
-    candidates = [path, path / "weights"]
+    candidates = [path, path / NEMO_WEIGHTS]
     if (path / TRACKER).is_file():
         latest = read_text(path / TRACKER).strip()
         if latest != RELEASE and not (latest.isascii() and latest.isdigit()):
@@ -62,7 +63,7 @@ def find_checkpoint(path: Path, *, key: str, check: Callable[[Path], object] = c
         raise RecipeError(f"{key} {path} holds no whole checkpoint: {'; '.join(problems)}")
     raise RecipeError(
         f"{key} {path} holds no torch_dist checkpoint "
-        f"(none of {METADATA_FILE}, weights/{METADATA_FILE}, {TRACKER}, checkpoints/step_*)"
+        f"(none of {METADATA_FILE}, {NEMO_WEIGHTS}/{METADATA_FILE}, {TRACKER}, checkpoints/step_*)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> torch_dist checkpoint, as Megatron-LM lays it out."""
+"""Hugging Face folder -> torch_dist checkpoint, as Megatron-LM or NeMo 2 lays it out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eapo_megatron.weights.checkpoint_keys import Place, places_to_write, stack_
 from eapo_megatron.weights.convert.progress import progress_of
 from eapo_megatron.weights.families import Weight, family_of
 from eapo_megatron.weights.huggingface import HuggingFaceWeights
-from eapo_megatron.weights.megatron_weights import RELEASE, TRACKER, chunks_of
+from eapo_megatron.weights.megatron_weights import NEMO_PREFIX, NEMO_WEIGHTS, RELEASE, TRACKER, chunks_of
 from eapo_megatron.weights.tensor_files import listed
 from eapo_megatron.weights.torch_dist import Chunk, write_torch_dist
 
@@ -24,10 +24,10 @@ from eapo_megatron.weights.torch_dist import Chunk, write_torch_dist
 COMMON = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
 
 
-def from_hf(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> None:
+def from_hf(source: Path, out: Path, *, dtype: torch.dtype | None = None, nemo: bool = False) -> None:
     """Writes `out` from a Hugging Face folder: release/ with the weights, and the folder's other files.
 
-    Tensors keep their dtype unless `dtype` is given.
+    Tensors keep their dtype unless `dtype` is given. `nemo`: weights/ in place of release/, with NeMo 2's keys.
 
     Raises:
         RecipeError: for what cannot be converted, before anything is written.
@@ -36,7 +36,8 @@ def from_hf(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> Non
         raise RecipeError(f"OUT_DIR {out} exists")
     hf = HuggingFaceWeights(source, key="HF_DIR")
     weights = family_of(hf.hf_config).weights(hf.hf_config)
-    places = places_to_write(weights)
+    weights_folder, prefix = (NEMO_WEIGHTS, NEMO_PREFIX) if nemo else (RELEASE, "")
+    places = {name: Place(prefix + key, at) for name, (key, at) in places_to_write(weights).items()}
     stacks = stack_sizes(places.values())
     dtypes = _dtypes(hf, weights, places) if dtype is None else dict.fromkeys(stacks, dtype)
     chunks = {
@@ -56,12 +57,13 @@ def from_hf(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> Non
             advance(chunk.nbytes)
             return weight.merge([hf.read(name).to(chunk.dtype) for name in weight.hf_names])[part]
 
-        release = unfinished / RELEASE
-        release.mkdir()
-        extra_states = _extra_states(places.values(), stacks)
-        write_torch_dist(release, list(chunks), read, flush, empty_objects=extra_states)
-        torch.save(COMMON, release / "common.pt")
-        (unfinished / TRACKER).write_text(RELEASE)
+        checkpoint = unfinished / weights_folder
+        checkpoint.mkdir()
+        extra_states = _extra_states(places.values(), stacks, prefix)
+        write_torch_dist(checkpoint, list(chunks), read, flush, empty_objects=extra_states)
+        torch.save(COMMON, checkpoint / "common.pt")
+        if not nemo:
+            (unfinished / TRACKER).write_text(RELEASE)
         (unfinished / assets.FOLDER).mkdir()
         if assets.CONFIG_FILE in assets.copy_assets(source, unfinished / assets.FOLDER):
             assets.write_config(unfinished / assets.FOLDER, hf.hf_config)
@@ -82,11 +84,11 @@ def _dtypes(hf: HuggingFaceWeights, weights: Sequence[Weight], places: Mapping[s
     return {key: dtype for key, (dtype,) in found.items()}
 
 
-def _extra_states(places: Iterable[Place], stacks: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _extra_states(places: Iterable[Place], stacks: Mapping[str, tuple[int, ...]], prefix: str) -> list[str]:
     """The keys of the modules' extra state (FP8 scales; here empty), without which megatron-core loads no module."""
     keys = set()
     for key, index in places:
-        if not key.startswith("decoder.") or not key.endswith(".weight"):
+        if not key.startswith(f"{prefix}decoder.") or not key.endswith(".weight"):
             continue
         shard = f"{'.'.join(map(str, index or (0,)))}_{'.'.join(map(str, stacks[key] or (1,)))}"
         module = key.removesuffix(".weight")
