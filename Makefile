@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup train train-vllm study study-quick test suite test-random test-isas test-kills test-vllm test-nemo test-nemo-rl test-slurm test-docs test-wheel coverage docs lint benchmark benchmark-vllm benchmark-step
+.PHONY: setup train train-vllm study study-quick test suite test-random test-isas test-kills test-vllm test-nemo test-nemo2 test-nemo-rl test-slurm test-docs test-wheel coverage docs lint benchmark benchmark-vllm benchmark-step
 
 setup: .venv/.installed
 
@@ -47,6 +47,9 @@ test-slurm: setup
 
 test-nemo: .venv-nemo/.installed
 	PYTHONPATH=. .venv-nemo/bin/python -m pytest tests/integrations
+
+test-nemo2: .venv-nemo2/.installed
+	PYTHONPATH=. .venv-nemo2/bin/python -m pytest tests/with_nemo2
 
 # NeMo-RL's sources are on no package index: NEMO_RL names a checkout of them, MEGATRON_LM one of its Megatron-LM.
 ifeq ($(and $(NEMO_RL),$(MEGATRON_LM)),)
@@ -113,6 +116,11 @@ benchmark-step: setup .venv-trl/.installed
 .venv-nemo/.installed: constraints/nemo.txt
 	$(PYTHON) -m venv .venv-nemo
 	.venv-nemo/bin/pip install --quiet --no-deps -r constraints/nemo.txt
+	touch $@
+
+.venv-nemo2/.installed: constraints/nemo2.txt
+	$(PYTHON) -m venv .venv-nemo2
+	.venv-nemo2/bin/pip install --quiet --no-deps -r constraints/nemo2.txt
 	touch $@
 
 .venv-trl/.installed: constraints/trl.txt

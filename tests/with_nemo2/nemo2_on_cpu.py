@@ -22,7 +22,9 @@ from eapo_megatron.policy.attention import ScaledDotProductAttention
 
 os.environ["NVIDIA_PYTORCH_VERSION"] = "none"  # NeMo asks for the container's
 install_cpu_runtime()
-_zarr = "megatron.core.dist_checkpointing.strategies.tensorstore"  # gone from megatron-core; NeMo uses it for zarr alone
+_zarr = (
+    "megatron.core.dist_checkpointing.strategies.tensorstore"  # gone from megatron-core; NeMo uses it for zarr alone
+)
 sys.modules[_zarr] = types.ModuleType(_zarr)
 
 _check_config = TransformerConfig.__post_init__
