@@ -31,6 +31,8 @@ for _name in ("LongTensor", "FloatTensor", "ByteTensor"):
 _trt_llm: Any = types.ModuleType("nemo_aligner.utils.trt_llm")  # generation on TensorRT-LLM
 _trt_llm.GPTGenerateTRTLLM = None
 sys.modules[_trt_llm.__name__] = _trt_llm
+_zarr = "megatron.core.dist_checkpointing.strategies.tensorstore"  # gone from megatron-core; NeMo has it for zarr
+sys.modules[_zarr] = types.ModuleType(_zarr)
 parallel_state.set_pipeline_model_parallel_split_rank = lambda rank: None  # gone from megatron-core
 
 from nemo.collections.nlp.models import nlp_model  # noqa: E402

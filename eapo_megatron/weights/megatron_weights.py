@@ -22,7 +22,7 @@ from eapo_megatron.weights.integrity import check_tensor_files
 from eapo_megatron.weights.tensor_files import listed
 from eapo_megatron.weights.torch_dist import Chunk, TorchDistTensors
 
-EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # what Megatron-LM calls a checkpoint that starts a run: weights alone, iteration 0
 NEMO_WEIGHTS, NEMO_PREFIX = "weights", "module."  # the folder and the keys' beginning of a NeMo 2 checkpoint
@@ -133,6 +133,8 @@ class MegatronWeights:
             for key in keys - used.keys()
             if key.startswith(self._prefix) and not key[len(self._prefix) :].startswith(OPTIMIZER_ROOTS)
         )
+        if self._prefix + OUTPUT_LAYER in extra:
+            wrong.append(f"{OUTPUT_LAYER} is not the embedding here: config.json must set tie_word_embeddings to false")
         problems = [("missing tensors: ", missing), ("unexpected tensors: ", extra), ("", wrong)]
         if found := [what + listed(names, separator="; ") for what, names in problems if names]:
             raise RecipeError(f"{folder}: {'; '.join(found)}")

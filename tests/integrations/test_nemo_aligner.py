@@ -88,3 +88,7 @@ def test_the_train_script_runs_its_loop(results: dict[str, Any]) -> None:
         assert line["train_optim/ratio/mean"] == pytest.approx(1.0, abs=1e-5)
         assert line["train_optim/kl/old_policy"] == pytest.approx(0.0, abs=1e-6)
     assert steps[1]["train_optim/kl/old_policy"] > 1e-6
+
+
+def test_a_saved_actor_is_restored_bit_for_bit(results: dict[str, Any]) -> None:
+    assert results["restored"] == {"weights": 0.0, "log-probs": 0.0}

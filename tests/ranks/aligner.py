@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from nemo.collections.nlp.modules.common.megatron.utils import get_iterator_k_split
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+from nemo_aligner.utils.utils import load_from_nemo
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -111,6 +112,7 @@ def measure(name: str, folder: Path) -> None:
     trainer.optimizer.state.clear()
     records.lines.clear()
     results["differences"] = compare(policy, trainer, records)
+    results["restored"] = compare_restored(actor, cfg, runtime, folder / f"{name}.nemo")
     if runtime.is_main:
         torch.save(results, folder / f"{name}.pt")
     os.environ["MASTER_PORT"] = str(runtime.broadcast_object(free_port()))
@@ -211,6 +213,26 @@ def note_gradients(
     names = [name for name, _ in trainer.model.model.named_parameters()]
     gradients = [parameter.grad.flatten() for parameter in trainer.model.model.parameters()]
     differences.note("gradients", torch.cat(gradients), torch.cat([native[name].main_grad.flatten() for name in names]))
+
+
+def compare_restored(
+    actor: MegatronGPTEAPOActorModel, cfg: DictConfig, runtime: Runtime, file: Path
+) -> dict[str, float]:
+    """The trained actor saved as a .nemo file, and a new one restored from it as the train script does."""
+    tokens = rollout_batch()[0]["response_tokens"]
+    log_probs = actor.get_inference_log_probs(tokens)
+    actor.save_to(str(file))
+    torch.distributed.barrier()
+    unset_num_microbatches_calculator()
+    restored = load_from_nemo(
+        MegatronGPTEAPOActorModel, cfg.model, pytorch_lightning_trainer(runtime, Records()), restore_path=str(file)
+    )
+    differences, trained = Differences(), dict(actor.model.named_parameters())
+    for name, parameter in restored.model.named_parameters():
+        differences.note("weights", parameter.data, trained[name].data)
+    restored.prepare_for_inference()
+    differences.note("log-probs", restored.get_inference_log_probs(tokens), log_probs)
+    return differences.over_ranks(runtime)
 
 
 def rollout_batch() -> tuple[dict[str, Tensor], Tensor]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from eapo_megatron.config import RecipeError
+from eapo_megatron.megatron_compat.checkpoint_pickles import read_metadata
 from eapo_megatron.weights.convert import from_hf, to_hf
 from eapo_megatron.weights.families import FAMILIES
 from hf_folders import ASSETS, assert_same_folder, assert_same_tensors, read_folder, write_folder
@@ -126,14 +127,16 @@ def test_config_for_a_checkpoint_that_comes_without(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["megatron-lm", "megatron-lm, one iteration", "nemo 2"])
 def test_finds_the_checkpoint_in_others_folders(layout: str, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", "tied")
-    from_hf(source, tmp_path / "megatron")
     saved = tmp_path / "saved"
-    saved.mkdir()
     given = saved
+    from_hf(source, tmp_path / "converted", nemo=layout == "nemo 2")
     if layout == "nemo 2":
-        (tmp_path / "megatron" / "release").rename(saved / "weights")
+        (tmp_path / "converted").rename(saved)
+        assert sorted(path.name for path in saved.iterdir()) == ["huggingface", "weights"]
+        assert all(key.startswith("module.") for key in read_metadata(saved / "weights").state_dict_metadata)
     else:
-        (tmp_path / "megatron" / "release").rename(saved / "iter_0000250")
+        saved.mkdir()
+        (tmp_path / "converted" / "release").rename(saved / "iter_0000250")
         (saved / "latest_checkpointed_iteration.txt").write_text("250\n")
         given = saved / "iter_0000250" if "one" in layout else saved
     to_hf(given, tmp_path / "back", config=source, max_shard_bytes=SHARD)
@@ -179,6 +182,14 @@ def test_a_checkpoint_that_is_not_the_configs_is_refused_by_name(
     for sentence in sentences:
         assert sentence in str(refused.value)
     assert not (tmp_path / "back").exists()
+
+
+def test_an_output_layer_of_its_own_needs_a_config_that_says_so(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", "untied")
+    from_hf(source, tmp_path / "megatron")
+    edit_config(source, tie_word_embeddings=True)
+    with pytest.raises(RecipeError, match=r"config\.json must set tie_word_embeddings to false"):
+        to_hf(tmp_path / "megatron", tmp_path / "back", config=source, max_shard_bytes=SHARD)
 
 
 def test_refuses_folders_that_exist_and_sources_that_do_not(tmp_path: Path) -> None:
