@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -372,7 +370,6 @@ def _whole_or_nothing(out: Path) -> Iterator[None]:
 
 def main() -> None:
     """Runs the command line. What goes wrong is one line: exit code 2 for bad input, 1 for everything else."""
-    atexit.register(gc.freeze)  # the interpreter's last searches for garbage in all that was imported take seconds
     try:
         code = app(prog_name="eapo-megatron", standalone_mode=False)
         sys.stdout.flush()
