@@ -42,8 +42,9 @@ class Part:
 
     @property
     def pieces(self) -> list[int]:
-        """Lengths of the prompt and of what the model reads of each response, where that is any."""
-        return [self.prompt, *filter(None, self.read_of_responses)]
+        """Lengths of the prompt and of what the model reads of each response; one piece where only one has any."""
+        read = [*filter(None, self.read_of_responses)]
+        return [self.prompt, *read] if len(read) > 1 else [self.tokens]
 
     @property
     def read_of_responses(self) -> tuple[int, ...]:
