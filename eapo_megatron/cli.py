@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -98,7 +99,9 @@ def evaluate(
     subject: Annotated[
         Path, typer.Argument(metavar="RUN_OR_CHECKPOINT_OR_HF_FOLDER", help="Of a run: its last whole checkpoint.")
     ],
-    benchmarks: Annotated[str, typer.Option(help="Names, with commas; docs/evaluation.md lists them.")],
+    benchmarks: Annotated[
+        str, typer.Option(help="aime24, aime25, amc, math500, minerva, olympiad, mmlu_pro, with commas.")
+    ],
     data: Annotated[Path | None, typer.Option(help="The folder with the benchmarks' files; default: the hub.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the run's recipe.")] = None,
     n: Annotated[int | None, typer.Option(help="Responses to each problem; default: the paper's number.")] = None,
@@ -370,6 +373,8 @@ def _whole_or_nothing(out: Path) -> Iterator[None]:
 
 def main() -> None:
     """Runs the command line. What goes wrong is one line: exit code 2 for bad input, 1 for everything else."""
+    # megatron-core tells every process which optional GPU packages it does without, and torch of its own deprecations.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
     try:
         code = app(prog_name="eapo-megatron", standalone_mode=False)
         sys.stdout.flush()

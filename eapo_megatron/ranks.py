@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -80,8 +79,6 @@ def evaluate_rank(prepare: Prepare, environment: Mapping[str, str]) -> None:
 def _one_of_node_speaks(environment: Mapping[str, str]) -> Iterator[None]:
     """All ranks of a node find the same mistake."""
     os.environ.update(environment)
-    # megatron-core tells every rank which optional GPU packages it does without, and torch of its own deprecations.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\.")
     try:
         yield
     except RecipeError as error:

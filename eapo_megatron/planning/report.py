@@ -154,5 +154,6 @@ def _verdict(plan: Plan) -> Iterator[str]:
     if plan.smallest is None:
         yield f"No layout on up to {MAX_NODES} nodes does: lower train.micro_batch_size or rollout.max_batch_size."
         return
-    yield f"The smallest layout that does, {plan.smallest.world_size} GPUs ({_sizes(plan.smallest)}):"
+    smallest = plan.smallest
+    yield f"The smallest layout that does with these batches, {smallest.world_size} GPUs ({_sizes(smallest)}):"
     yield "    " + " ".join(overrides_of(plan.smallest, plan.layout.recipe))

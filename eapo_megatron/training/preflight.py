@@ -136,9 +136,12 @@ def _prompts(
         if "train" not in loaded:
             raise RecipeError(f'data.function {data.function} returns no records for "train"')
     else:
-        for split, path in (("train", data.train_path), ("evaluation", data.validation_path)):
-            if path is not None:
-                loaded[split] = load_examples(path, keep_records=keep_records, **_field_mapping(data))
+        for split, key in (("train", "train_path"), ("evaluation", "validation_path")):
+            if (path := getattr(data, key)) is not None:
+                try:
+                    loaded[split] = load_examples(path, keep_records=keep_records, **_field_mapping(data))
+                except RecipeError as error:
+                    raise RecipeError(f"data.{key}: {error}") from error
     prompts = {split: _encode(data, part.examples, tokenizer) for split, part in loaded.items()}
     train = prompts["train"]
     evaluation = prompts["evaluation"].prompts if "evaluation" in prompts else []
