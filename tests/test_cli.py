@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from eapo_megatron.config import RecipeError
+from eapo_megatron.evaluation.benchmarks import BENCHMARKS
 from eapo_megatron.launcher import rank_environment
 from eapo_megatron.recipe_files import load_recipe
 from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
@@ -21,6 +23,10 @@ FIRST_RECIPE = Path(__file__).parents[1] / "recipes" / "eapo-qwen2-tiny-arithmet
 def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "eapo_megatron.cli", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_help_of_evaluate_names_the_benchmarks() -> None:
+    assert set(BENCHMARKS) <= set(re.findall(r"\w+", run("evaluate", "--help").stdout))
 
 
 def test_dry_run_prints_the_resolved_recipe() -> None:
