@@ -151,9 +151,9 @@ def _verdict(plan: Plan) -> Iterator[str]:
         yield f"Fits: {room}."
         return
     yield f"Does not fit: {room}."
-    if plan.smallest is None:
+    smallest = plan.smallest
+    if smallest is None:
         yield f"No layout on up to {MAX_NODES} nodes does: lower train.micro_batch_size or rollout.max_batch_size."
         return
-    smallest = plan.smallest
     yield f"The smallest layout that does with these batches, {smallest.world_size} GPUs ({_sizes(smallest)}):"
-    yield "    " + " ".join(overrides_of(plan.smallest, plan.layout.recipe))
+    yield "    " + " ".join(overrides_of(smallest, plan.layout.recipe))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -123,7 +122,6 @@ def _of_those_that_allow(call: Callable[[Path], T], folders: Sequence[Path]) -> 
 
 def _measure(folders: Sequence[Path]) -> tuple[list[Measurement], list[str]]:
     """The credit measured on the runs that allow it; the others are named, unless there are none."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")  # of optional GPU packages that it does without
     from eapo_megatron.evaluation.measured_credit import measurable, measure  # megatron: seconds
 
     ready, problems = _of_those_that_allow(measurable, folders)
