@@ -67,7 +67,10 @@ def evaluate_rank(prepare: Prepare, environment: Mapping[str, str]) -> None:
         check_devices(evaluation.examination.recipe, int(environment["LOCAL_RANK"]))
     evaluation.say_left_out()
     with _reported(evaluation.file.folder / "errors", rank=rank):
-        from eapo_megatron.evaluation.answers import answer_as_rank  # megatron: seconds
+        from eapo_megatron.megatron_compat.importing import import_megatron  # megatron: seconds
+
+        import_megatron()
+        from eapo_megatron.evaluation.answers import answer_as_rank
         from eapo_megatron.evaluation.command import report_evaluation
 
         answer_as_rank(evaluation.examination, evaluation.file)
@@ -109,7 +112,10 @@ def _reported(folder: Path, *, rank: int) -> Iterator[None]:
 
 
 def _train(settings: Recipe, ingredients: Ingredients, stop_request: StopRequest, lock: RunLock | None) -> None:
-    from eapo_megatron.policy.runtime import start_runtime, stop_runtime  # megatron: seconds
+    from eapo_megatron.megatron_compat.importing import import_megatron  # megatron: seconds
+
+    import_megatron()
+    from eapo_megatron.policy.runtime import start_runtime, stop_runtime
     from eapo_megatron.training.loop import train
     from eapo_megatron.training.session import open_run
 

@@ -51,7 +51,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             resolved = _merged(method_settings(resolved), resolved)
         except ValueError as error:
             raise RecipeError(f"{path}: method: {error}") from error
-    return parse_recipe(resolved, source=str(path))
+    return parse_recipe(resolved, source=str(path), overrides=overrides)
 
 
 def overridden(settings: dict[str, Any], overrides: Sequence[str], *, source: str) -> Recipe:
@@ -61,7 +61,7 @@ def overridden(settings: dict[str, Any], overrides: Sequence[str], *, source: st
         RecipeError: one sentence naming the override, or the source and the key.
     """
     given = rename_keys(_read_overrides(overrides), RENAMED, source=source)
-    return parse_recipe(_merged(settings, given), source=source)
+    return parse_recipe(_merged(settings, given), source=source, overrides=overrides)
 
 
 def find_recipe(name: str | Path, *, folder: Path = Path(), what: str = "recipe") -> Path:
@@ -109,16 +109,19 @@ def copy_recipe(name: str, destination: Path) -> Path:
     return path
 
 
-def parse_recipe(settings: dict[str, Any], *, source: str) -> Recipe:
-    """Validates settings read from `source` (named in errors).
+def parse_recipe(settings: dict[str, Any], *, source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Validates settings read from `source` and from dotted overrides of it (named in errors).
 
     Raises:
-        RecipeError: one sentence naming the source and the first wrong key.
+        RecipeError: one sentence naming the source, or the override, and the first wrong key.
     """
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(f"{source}: {_first_problem(error)}") from error
+        key = ".".join(_location(error))
+        given = [text for text in overrides if f"{key}.".startswith(f"{text.partition('=')[0]}.")]
+        place = f"override {_shown(given[-1])}" if given else source
+        raise RecipeError(f"{place}: {_first_problem(error)}") from error
 
 
 def rename_keys(settings: Any, renamed: Mapping[str, str], *, source: str) -> Any:
@@ -208,10 +211,14 @@ def _read_overrides(overrides: Sequence[str]) -> Any:
         raise RecipeError(f"overrides {' '.join(overrides)} contradict one another: {_sentence(error)}") from error
 
 
+def _location(error: ValidationError) -> list[str]:
+    """The names of the first wrong key, without its places in a list."""
+    return [part for part in error.errors()[0]["loc"] if isinstance(part, str)]
+
+
 def _first_problem(error: ValidationError) -> str:
     """pydantic's first error as `key: what is wrong`."""
-    problem = error.errors()[0]
-    location = [part for part in problem["loc"] if isinstance(part, str)]  # without the places in a list
+    problem, location = error.errors()[0], _location(error)
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         section: Any = Recipe

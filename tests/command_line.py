@@ -7,12 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from eapo_megatron import failures
+from eapo_megatron.cli import main
+from eapo_megatron.recipe_files import load_recipe
+from launch import first_codes, rank_environments, started
 
 
 def command(recipe: Path, overrides: Sequence[str]) -> list[str]:
@@ -21,12 +27,65 @@ def command(recipe: Path, overrides: Sequence[str]) -> list[str]:
 
 def train(recipe: Path, *overrides: str, expect: int = 0, timeout: float = 600) -> str:
     """Runs to the end -> stderr."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        command(recipe, overrides), env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command(recipe, overrides), env=_as_user(), capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == expect, done.stderr[-4000:]
     return done.stderr
+
+
+def train_ranks(recipe: Path, *overrides: str, expect: int = 0, timeout: float = 600) -> str:
+    """Runs the ranks that `train` would start, in processes that need not import anything first -> stderr."""
+    world_size = load_recipe(recipe, overrides).cluster.world_size
+    done = run_command(["train", str(recipe), *overrides], world_size, timeout=timeout)
+    assert done.returncode == expect, done.stderr[-4000:]
+    return done.stderr
+
+
+def run_command(
+    arguments: Sequence[str | Path],
+    ranks: int = 0,
+    *,
+    first: Callable[[], object] | None = None,
+    timeout: float = 600,
+    **settings: str,
+) -> subprocess.CompletedProcess[str]:
+    """Runs `eapo-megatron ARGUMENTS` in processes that need not import anything first -> what they said.
+
+    Args:
+        ranks: as so many ranks of one launch; 0: as the process that a user starts.
+        first: called in each process before the command.
+        settings: of their environment.
+
+    Returns:
+        The exit code is that of the first rank that failed, 128 + N for one ended by signal N; the others are killed.
+
+    Raises:
+        TimeoutError: after `timeout` seconds, with the stderr of all.
+    """
+    environments = rank_environments(ranks, **settings) if ranks else [_as_user() | settings]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        line = [str(argument) for argument in arguments]
+        with started(_command_line, line, first, environments=environments, folder=folder) as processes:
+            codes = first_codes(processes, timeout)
+        out, err = ("".join(path.read_text() for path in sorted(folder.glob(f"*.{kind}"))) for kind in ("out", "err"))
+    if None in codes and not any(codes):
+        raise TimeoutError(err)
+    code = next(filter(None, codes), 0)
+    return subprocess.CompletedProcess(line, code if code >= 0 else 128 - code, out, err)
+
+
+def _as_user() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+
+
+def _command_line(arguments: list[str], first: Callable[[], object] | None) -> None:
+    sys.argv[1:] = arguments
+    failures.STARTED = time.time()  # as its import would set it
+    if first is not None:
+        first()
+    main()
 
 
 def train_until(

@@ -5,60 +5,96 @@ A launch costs seconds, so one goes through many cases. The scripts are in ranks
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
+import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PR_SET_PDEATHSIG = 1
+from processes import start
+
 TESTS = Path(__file__).parent
 
 
-def run_ranks(script: Path, world_size: int, args: Sequence[str | Path] = (), *, timeout: float = 600.0) -> list[str]:
+def run_ranks(
+    script: Path, world_size: int, args: Sequence[str | Path] = (), *, timeout: float = 600.0, fresh: bool = False
+) -> list[str]:
     """Runs `python script args` as ranks 0 to world_size - 1 of one process group -> the stdout of each.
+
+    Args:
+        fresh: nothing is imported before the script.
 
     Raises:
         AssertionError: with the stderr of the ranks that failed; the others are killed at once.
         TimeoutError: after `timeout` seconds, with the stderr of all.
     """
-    shared = {
-        "WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-        "OMP_NUM_THREADS": 1,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ranks: list[subprocess.Popen] = []
-        try:
-            for rank in range(world_size):
-                with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
-                    own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-                    ranks.append(
-                        subprocess.Popen(
-                            [sys.executable, str(script), *map(str, args)],
-                            env=os.environ | {key: str(value) for key, value in own.items()},
-                            stdout=out,
-                            stderr=err,
-                            preexec_fn=_die_with_parent,
-                        )
-                    )
-            _wait(ranks, folder, time.monotonic() + timeout)
-            return [(folder / f"{rank}.out").read_text() for rank in range(world_size)]
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+        path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        arguments = (str(script), [str(argument) for argument in args])
+        environments = rank_environments(world_size, OMP_NUM_THREADS="1", PYTHONPATH=path)
+        with started(_run_script, *arguments, environments=environments, folder=folder, fresh=fresh) as ranks:
+            codes = first_codes(ranks, timeout)
+        if failed := [rank for rank, code in enumerate(codes) if code]:
+            raise AssertionError(f"ranks {failed} of {world_size} failed\n" + _errors(folder, failed))
+        if None in codes:
+            raise TimeoutError("ranks ran too long\n" + _errors(folder, range(world_size)))
+        return [(folder / f"{rank}.out").read_text() for rank in range(world_size)]
+
+
+def rank_environments(world_size: int, **settings: str) -> list[dict[str, str]]:
+    """The environment of each rank of one process group, with these settings."""
+    settings |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [os.environ | settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+@contextmanager
+def started(
+    function: Callable[..., object],
+    *args: Any,
+    environments: Sequence[Mapping[str, str]],
+    folder: Path,
+    fresh: bool = False,
+) -> Iterator[list[BaseProcess]]:
+    """Calls `function(*args)` in a process of each environment; they end with the block.
+
+    Args:
+        folder: where they write NUMBER.out and NUMBER.err.
+        fresh: nothing is imported before.
+    """
+    processes: list[BaseProcess] = []
+    try:
+        for number, environment in enumerate(environments):
+            processes.append(start(function, *args, environment=environment, said=folder / str(number), fresh=fresh))
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def first_codes(processes: Sequence[BaseProcess], timeout: float) -> list[int | None]:
+    """Their exit codes once one has failed, all are done or `timeout` seconds are over; None for one that runs."""
+    deadline = time.monotonic() + timeout
+    while None in (codes := [process.exitcode for process in processes]):
+        if any(codes) or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return codes
+
+
+def _run_script(script: str, args: list[str]) -> None:
+    sys.argv = [script, *args]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 def run_cases(
@@ -69,6 +105,7 @@ def run_cases(
     names: Sequence[str],
     *,
     timeout: float = 1800.0,
+    fresh: bool = False,
 ) -> None:
     """Runs `python script args out names` on ranks that go through the cases of these names with `cases`.
 
@@ -82,7 +119,7 @@ def run_cases(
     left = list(names)
     while left:
         try:
-            run_ranks(script, world_size, [*args, out, *left], timeout=timeout)
+            run_ranks(script, world_size, [*args, out, *left], timeout=timeout, fresh=fresh)
         except (AssertionError, TimeoutError) as error:
             begun = [name for name in left if _begun(out, name).exists()]
             if not begun:
@@ -120,19 +157,6 @@ def _error(out: Path, name: str) -> Path:
     return out / f"{name}.error"
 
 
-def _wait(ranks: list[subprocess.Popen], folder: Path, deadline: float) -> None:
-    """Until all ranks are done."""
-    while None in (codes := [process.poll() for process in ranks]):
-        if any(codes):
-            break
-        if time.monotonic() > deadline:
-            raise TimeoutError("ranks ran too long\n" + _errors(folder, range(len(ranks))))
-        time.sleep(0.05)
-    failed = [rank for rank, process in enumerate(ranks) if process.returncode]
-    if failed:
-        raise AssertionError(f"ranks {failed} of {len(ranks)} failed\n" + _errors(folder, failed))
-
-
 def _errors(folder: Path, ranks: Sequence[int]) -> str:
     return "\n".join(f"--- rank {rank}\n{(folder / f'{rank}.err').read_text()[-6000:]}" for rank in ranks)
 
@@ -142,7 +166,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from command_line import run_command
 from eapo_megatron.config import RecipeError
 from eapo_megatron.evaluation.benchmarks import BENCHMARKS
 from eapo_megatron.launcher import rank_environment
@@ -20,17 +19,12 @@ from eapo_megatron.saved_recipe import RECIPE_FILE, saved_form
 FIRST_RECIPE = Path(__file__).parents[1] / "recipes" / "eapo-qwen2-tiny-arithmetic-1n2g-tp2.yaml"
 
 
-def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "eapo_megatron.cli", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
 def test_help_of_evaluate_names_the_benchmarks() -> None:
-    assert set(BENCHMARKS) <= set(re.findall(r"\w+", run("evaluate", "--help").stdout))
+    assert set(BENCHMARKS) <= set(re.findall(r"\w+", run_command(["evaluate", "--help"]).stdout))
 
 
 def test_dry_run_prints_the_resolved_recipe() -> None:
-    done = run("train", str(FIRST_RECIPE), "--dry-run", "optimizer.lr=2e-5")
+    done = run_command(["train", str(FIRST_RECIPE), "--dry-run", "optimizer.lr=2e-5"])
     assert done.returncode == 0
     resolved = yaml.safe_load(done.stdout)
     assert resolved["optimizer"]["lr"] == 2e-5
@@ -52,7 +46,7 @@ def test_dry_run_prints_the_resolved_recipe() -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, overrides: list[str], sentence: str) -> None:
-    done = run("train", str(FIRST_RECIPE), f"logging.run_dir={tmp_path}", *overrides)
+    done = run_command(["train", str(FIRST_RECIPE), f"logging.run_dir={tmp_path}", *overrides])
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
@@ -66,31 +60,32 @@ def test_a_saved_recipe_of_another_version_is_one_line_and_exit_code_2(tmp_path:
     saved = saved_form(load_recipe(FIRST_RECIPE))
     saved["recipe"]["rollout"]["curiosity"] = 1
     path.write_text(json.dumps(saved))
-    done = run("train", str(FIRST_RECIPE), f"logging.run_dir={tmp_path}")
+    done = run_command(["train", str(FIRST_RECIPE), f"logging.run_dir={tmp_path}"])
     assert done.returncode == 2
     assert done.stderr == f"error: {path}: rollout.curiosity: unknown key\n"
 
 
-def test_built_in_recipes_work_by_name_in_any_folder(tmp_path: Path) -> None:
+def test_built_in_recipes_work_by_name_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     name = FIRST_RECIPE.stem
-    done = run("train", name, "--dry-run", folder=tmp_path)
+    done = run_command(["train", name, "--dry-run"])
     assert done.returncode == 0
     assert yaml.safe_load(done.stdout)["name"] == name
-    script = run("submit", name, "--dry-run", folder=tmp_path).stdout
+    script = run_command(["submit", name, "--dry-run"]).stdout
     assert f"\nset -- {name}\n" in script  # a name is the same on every node
-    listed = dict(line.split("\t") for line in run("recipes").stdout.splitlines())
+    listed = dict(line.split("\t") for line in run_command(["recipes"]).stdout.splitlines())
     assert listed[name].startswith("The first run")
-    done = run("recipes", "--copy", name, "mine.yaml", folder=tmp_path)
+    done = run_command(["recipes", "--copy", name, "mine.yaml"])
     assert (done.returncode, done.stdout) == (0, "mine.yaml\n")
-    assert run("train", "mine", "--dry-run", "seed=3", folder=tmp_path).returncode == 0
-    done = run("recipes", "--copy", name, "mine.yaml", folder=tmp_path)
+    assert run_command(["train", "mine", "--dry-run", "seed=3"]).returncode == 0
+    done = run_command(["recipes", "--copy", name, "mine.yaml"])
     assert (done.returncode, done.stderr) == (2, f"error: recipe {name} is not copied to mine.yaml: File exists\n")
-    done = run("recipes", "mine.yaml", folder=tmp_path)
+    done = run_command(["recipes", "mine.yaml"])
     assert (done.returncode, done.stderr) == (2, "error: mine.yaml: a destination goes with --copy NAME\n")
 
 
 def test_keys_without_a_terminal_are_lines_of_four_cells() -> None:
-    done = run("keys", "rollout.top_*")
+    done = run_command(["keys", "rollout.top_*"])
     assert done.returncode == 0
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert [row[:3] for row in rows] == [
@@ -98,7 +93,7 @@ def test_keys_without_a_terminal_are_lines_of_four_cells() -> None:
         ["rollout.top_k", "int >= 0", "0"],
     ]
     assert all(row[3].endswith(".") for row in rows)
-    done = run("keys", "--markdown", "lr")
+    done = run_command(["keys", "--markdown", "lr"])
     assert (done.returncode, done.stderr) == (2, "error: --markdown prints every key: leave the pattern out\n")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import checkpoints, command, metrics, train
+from command_line import checkpoints, command, metrics, train_ranks
 from eapo_megatron import cli
 from eapo_megatron.failures import report_failure
 
@@ -140,7 +140,7 @@ def test_a_full_disk_in_a_run_is_one_line_and_the_run_goes_on_from_its_last_chec
     assert f"(traceback in {run}/errors/rank-" in line
     assert "Traceback" not in done.stderr
     assert [path.name for path in (run / "checkpoints").iterdir()] == []
-    train(recipe)
+    train_ranks(recipe)
     assert checkpoints(run) == [1, 2]
     assert [line["step"] for line in metrics(run)][-2:] == [1, 2]
 

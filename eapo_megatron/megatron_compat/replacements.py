@@ -1,7 +1,4 @@
-"""Every attribute of megatron-core or torch that is replaced at run time: one list, and how it takes effect.
-
-Each entry checks that its attribute exists, so a renamed private is an error that names it. Nothing outside this file
-assigns to an attribute of either library.
+"""Every attribute of megatron-core or torch that is replaced at run time: one list.
 
 torch's tensor factories are wrapped one by one. A `torch.overrides.TorchFunctionMode` answers the same calls, but it
 sends every operation through Python: two to three microseconds each, scoring took 1.07 times as long with the policy of
@@ -11,11 +8,7 @@ the arithmetic recipe and 1.34 times with the tests' tiny one, an update 1.03 an
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
@@ -32,93 +25,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from eapo_megatron.megatron_compat import checkpoint_pickles, cpu_kernels, cpu_linear, stand_ins
-
-_ABSENT = object()
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """One attribute that is replaced."""
-
-    owner: Any  # a module or class of megatron-core or torch
-    name: str
-    replacement: Callable[[Any], Any]  # the attribute -> what takes its place
-    why: str
-    until: str  # what makes it unnecessary
-    read_by: Callable | None = None  # where the owner may lack the attribute: the function that reads it
-
-    @property
-    def label(self) -> str:
-        """The attribute's full name."""
-        if isinstance(self.owner, ModuleType):
-            return f"{self.owner.__name__}.{self.name}"
-        return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
-
-    def check(self) -> None:
-        """Looks for the attribute.
-
-        Raises:
-            AttributeError: where the installed megatron-core or torch has it no longer, with its full name.
-        """
-        known = hasattr(self.owner, self.name) if self.read_by is None else self.name in self.read_by.__code__.co_names
-        if not known:
-            raise AttributeError(f"{self.label} does not exist, but this package replaces it: {self.why}")
-
-    def put(self) -> None:
-        """Puts the replacement in the attribute's place."""
-        setattr(self.owner, self.name, self.replacement(getattr(self.owner, self.name, None)))
-
-    def undo(self, before: Any) -> None:
-        """Puts back what the owner itself held; it may have inherited the attribute, or lacked it."""
-        if before is _ABSENT:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, before)
-
-
-_installed: set[Replacement] = set()
-
-
-def install(replacements: Sequence[Replacement]) -> None:
-    """Replaces attributes for the life of the process; those that already are stay so.
-
-    Raises:
-        AttributeError: where one does not exist; then none is replaced.
-    """
-    missing = [entry for entry in replacements if entry not in _installed]
-    for entry in missing:
-        entry.check()
-    for entry in missing:
-        entry.put()
-        _installed.add(entry)
-
-
-def is_installed(replacements: Sequence[Replacement]) -> bool:
-    """Whether `install` was called for all of these."""
-    return _installed.issuperset(replacements)
-
-
-@contextmanager
-def replaced(replacements: Sequence[Replacement]) -> Iterator[None]:
-    """Replaces attributes within a block.
-
-    Raises:
-        AttributeError: where one does not exist; then none is replaced.
-    """
-    for entry in replacements:
-        entry.check()
-    with ExitStack() as undoing:
-        for entry in replacements:
-            before = vars(entry.owner).get(entry.name, _ABSENT)
-            entry.put()
-            undoing.callback(entry.undo, before)
-        yield
-
-
-def _instead(value: Any) -> Callable[[Any], Any]:
-    """A value that has nothing of what it replaces."""
-    return lambda _: value
-
+from eapo_megatron.megatron_compat.importing import IMPORTED_UNCOMPILED
+from eapo_megatron.megatron_compat.replacing import Replacement, install, instead, is_installed, replaced
 
 _ASKS_DEVICE = "megatron-core asks a tensor, or the process group, for its device"
 _ANY_GENERATOR = "megatron-core's tracker holds states of any torch.Generator"
@@ -128,56 +36,56 @@ CPU_RUNTIME = (
     Replacement(
         torch.cuda,
         "current_device",
-        _instead(stand_ins.cpu_device),
+        instead(stand_ins.cpu_device),
         why="megatron-core allocates what it receives on the current GPU.",
         until=_ASKS_DEVICE,
     ),
     Replacement(
         torch.cuda,
         "synchronize",
-        _instead(stand_ins.no_synchronization),
+        instead(stand_ins.no_synchronization),
         why="Pipeline schedules and checkpoints wait for the GPU.",
         until=_ASKS_DEVICE,
     ),
     Replacement(
         torch.cuda,
         "manual_seed",
-        _instead(torch.manual_seed),
+        instead(torch.manual_seed),
         why="Megatron's tracker of random states seeds the GPU.",
         until=_ANY_GENERATOR,
     ),
     Replacement(
         torch.cuda,
         "get_rng_state",
-        _instead(stand_ins.cpu_rng_state),
+        instead(stand_ins.cpu_rng_state),
         why="Megatron's tracker of random states reads the GPU's.",
         until=_ANY_GENERATOR,
     ),
     Replacement(
         torch.cuda,
         "set_rng_state",
-        _instead(stand_ins.set_cpu_rng_state),
+        instead(stand_ins.set_cpu_rng_state),
         why="The counterpart of torch.cuda.get_rng_state.",
         until=_ANY_GENERATOR,
     ),
     Replacement(
         megatron_random,
         "_get_cuda_rng_state",
-        _instead(stand_ins.cpu_rng_state),
+        instead(stand_ins.cpu_rng_state),
         why="Recomputation saves the GPU's random state and opens CUDA for it.",
         until=_ANY_GENERATOR,
     ),
     Replacement(
         megatron_random,
         "_set_cuda_rng_state",
-        _instead(stand_ins.set_cpu_rng_state),
+        instead(stand_ins.set_cpu_rng_state),
         why="Recomputation restores the GPU's random state and opens CUDA for it.",
         until=_ANY_GENERATOR,
     ),
     Replacement(
         torch.Tensor,
         "cuda",
-        _instead(stand_ins.itself),
+        instead(stand_ins.itself),
         why="megatron-core moves tensors to the GPU.",
         until=_ASKS_DEVICE,
     ),
@@ -194,7 +102,7 @@ CPU_RUNTIME = (
     Replacement(
         moe_utils,
         "te_general_gemm",
-        _instead(None),
+        instead(None),
         why="The router's product tests it for None, but it is undefined without Transformer Engine.",
         until="megatron-core defines it as None there",
         read_by=moe_utils.RouterGatingLinearFunction.forward,
@@ -202,14 +110,14 @@ CPU_RUNTIME = (
     Replacement(
         MoEAlltoAllTokenDispatcher,
         "cuda_dtoh_stream",
-        _instead("none"),
+        instead("none"),
         why="The dispatcher opens a CUDA stream where this is None.",
         until=_ASKS_DEVICE,
     ),
     Replacement(
         MoEAlltoAllTokenDispatcher,
         "_maybe_dtoh_and_synchronize",
-        _instead(stand_ins.splits_as_lists),
+        instead(stand_ins.splits_as_lists),
         why="The dispatcher copies sizes from the GPU on that stream.",
         until=_ASKS_DEVICE,
     ),
@@ -223,21 +131,21 @@ CPU_RUNTIME = (
     Replacement(
         megatron_optimizer,
         "USING_PYTORCH_OPTIMIZER",
-        _instead(True),
+        instead(True),
         why=_FUSED,
         until=_ASKS_DEVICE,
     ),
     Replacement(
         megatron_optimizer,
         "SGD",
-        _instead(torch.optim.SGD),
+        instead(torch.optim.SGD),
         why=_FUSED,
         until=_ASKS_DEVICE,
     ),
     Replacement(
         distrib_optimizer,
         "HAVE_APEX_OR_TE",
-        _instead(False),
+        instead(False),
         why="The distributed optimizer then looks for Adam's step in another place.",
         until=_ASKS_DEVICE,
     ),
@@ -249,14 +157,14 @@ CPU_RUNTIME = (
         until="torch.matmul takes the faster library on every CPU",
     ),
     *(
-        Replacement(mlp, name, _instead(plain), why=_COMPILED, until=_ASKS_DEVICE)
+        Replacement(mlp, name, instead(plain), why=_COMPILED, until=_ASKS_DEVICE)
         for name, plain in (
             ("bias_swiglu_impl", cpu_kernels.bias_swiglu),
             ("weighted_bias_swiglu_impl", cpu_kernels.weighted_bias_swiglu),
         )
     ),
     *(
-        Replacement(owner, name, _instead(plain), why=_FUSED, until=_ASKS_DEVICE)
+        Replacement(owner, name, instead(plain), why=_FUSED, until=_ASKS_DEVICE)
         for owner, name, plain in (
             (clip_grads, "multi_tensor_applier", local_multi_tensor_applier),
             (clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm),
@@ -319,6 +227,7 @@ LOAD_WITHOUT_CODE = (
     ),
 )
 REPLACEMENTS = (
+    *IMPORTED_UNCOMPILED,
     *CPU_RUNTIME,
     *CUDA_TENSOR_TYPES,
     *LATENT_ATTENTION,

@@ -153,7 +153,9 @@ def _verdict(plan: Plan) -> Iterator[str]:
     yield f"Does not fit: {room}."
     smallest = plan.smallest
     if smallest is None:
-        yield f"No layout on up to {MAX_NODES} nodes does: lower train.micro_batch_size or rollout.max_batch_size."
+        budget = "" if plan.layout.recipe.train.micro_batch_tokens is None else " and train.micro_batch_tokens"
+        lower = f"lower train.micro_batch_size{budget} or rollout.max_batch_size"
+        yield f"No layout on up to {MAX_NODES} nodes does: {lower}."
         return
     yield f"The smallest layout that does with these batches, {smallest.world_size} GPUs ({_sizes(smallest)}):"
     yield "    " + " ".join(overrides_of(smallest, plan.layout.recipe))

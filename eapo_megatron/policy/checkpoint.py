@@ -23,7 +23,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from eapo_megatron.config import RecipeError
 from eapo_megatron.durable import publish, removed_on_error, write_json
 from eapo_megatron.megatron_compat.checkpoint_pickles import read_object
-from eapo_megatron.megatron_compat.replacements import STEPS_KEPT_ON_LOAD, cuda_tensor_types, replaced
+from eapo_megatron.megatron_compat.replacements import STEPS_KEPT_ON_LOAD, cuda_tensor_types
+from eapo_megatron.megatron_compat.replacing import replaced
 from eapo_megatron.policy.checkpoint_files import Condition, inspect, read_tensors, seal, write_tensors
 from eapo_megatron.policy.policy_model import Policy
 from eapo_megatron.policy.runtime import Runtime, rng_state, set_rng_state

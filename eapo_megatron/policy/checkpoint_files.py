@@ -18,7 +18,8 @@ from torch.distributed.checkpoint import CheckpointException
 from eapo_megatron.checksums import check_files, checksum, files_of, read_checksums, write_checksums
 from eapo_megatron.config import RecipeError
 from eapo_megatron.durable import flushing_behind
-from eapo_megatron.megatron_compat.replacements import LOAD_WITHOUT_CODE, SAVE_IN_PROCESS, replaced
+from eapo_megatron.megatron_compat.replacements import LOAD_WITHOUT_CODE, SAVE_IN_PROCESS
+from eapo_megatron.megatron_compat.replacing import replaced
 from eapo_megatron.policy.runtime import Runtime
 from eapo_megatron.weights.integrity import check_structure
 

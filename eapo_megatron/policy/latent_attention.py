@@ -17,7 +17,8 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from eapo_megatron.megatron_compat.replacements import LATENT_ATTENTION, install
+from eapo_megatron.megatron_compat.replacements import LATENT_ATTENTION
+from eapo_megatron.megatron_compat.replacing import install
 from eapo_megatron.policy.attention import RMSNorm
 from eapo_megatron.policy.segments import Segments
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from command_line import metrics, train
+from command_line import metrics, run_command, train_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -53,22 +52,28 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data / "test_aime24.json").write_text(json.dumps(aime))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-        said = train(folder / "run.yaml", f"evaluation.benchmarks_path={data}")
+        said = train_ranks(folder / "run.yaml", f"evaluation.benchmarks_path={data}")
     assert "left out: " in said
     assert "test_aime24.json, record 2: no answer" in said
     return folder
 
 
 def evaluate(
-    subject: Path, out: Path, *arguments: str, benchmarks: str = "amc,aime24", beside: Path | None = None
+    subject: Path,
+    out: Path,
+    *arguments: str,
+    benchmarks: str = "amc,aime24",
+    beside: Path | None = None,
+    ranks: int = 1,
 ) -> subprocess.CompletedProcess[str]:
-    """Evaluates the run in the folder `subject`, or the folder itself where the data lie in another, `beside`."""
+    """Evaluates the run in the folder `subject`, or the folder itself where the data lie in another, `beside`.
+
+    0 ranks: by the process that a user starts.
+    """
     target, home = (subject / "run", subject) if beside is None else (subject, beside)
-    command = [sys.executable, "-m", "eapo_megatron.cli", "evaluate", str(target), "--benchmarks", benchmarks]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(home), environment.get("PYTHONPATH", "")]), "COLUMNS": "200"}
-    options = ["--data", str(home / "data"), "--out", str(out), *arguments]
-    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+    command = ["evaluate", target, "--benchmarks", benchmarks, "--data", home / "data", "--out", out, *arguments]
+    path = os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])
+    return run_command(command, ranks, PYTHONPATH=path, COLUMNS="200")
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -83,7 +88,7 @@ def results(out: Path) -> dict[str, Any]:
 def evaluated(subject: Path) -> Path:
     """An evaluation that was not interrupted."""
     out = subject / "out"
-    done = evaluate(subject, out, "--n", "4")
+    done = evaluate(subject, out, "--n", "4", ranks=0)
     assert done.returncode == 0, done.stderr
     assert "left out: " in done.stderr
     assert "test_aime24.json, record 2: no answer" in done.stderr
@@ -152,7 +157,7 @@ def test_the_loop_logs_what_the_command_finds(subject: Path, evaluated: Path) ->
 def test_scored_again(subject: Path, evaluated: Path, tmp_path: Path) -> None:
     for name in ("evaluation.json", "responses.jsonl"):
         (tmp_path / name).write_bytes((evaluated / name).read_bytes())
-    done = evaluate(subject, tmp_path, "--n", "4", "--rescore", "--k", "2,1")
+    done = evaluate(subject, tmp_path, "--n", "4", "--rescore", "--k", "2,1", ranks=0)
     assert done.returncode == 0, done.stderr
     assert "Pass@1 %" in done.stdout
     assert "Pass@2 %" in done.stdout
@@ -160,7 +165,7 @@ def test_scored_again(subject: Path, evaluated: Path, tmp_path: Path) -> None:
     assert records(tmp_path) == records(evaluated)
     assert results(tmp_path) == results(evaluated)
     (subject / "zeros.py").write_text(REWARD.replace("{digits}", "0"))
-    done = evaluate(subject, tmp_path, "--n", "4", "--rescore", "reward.function=zeros:first")
+    done = evaluate(subject, tmp_path, "--n", "4", "--rescore", "reward.function=zeros:first", ranks=0)
     assert done.returncode == 0, done.stderr
     for record, before in zip(records(tmp_path), records(evaluated), strict=True):
         expected = None if "+" in record["text"] else 1.0 if "0" in record["text"] else -1.0
@@ -169,7 +174,7 @@ def test_scored_again(subject: Path, evaluated: Path, tmp_path: Path) -> None:
 
 
 def test_two_replicas_give_what_one_does(subject: Path, evaluated: Path, tmp_path: Path) -> None:
-    done = evaluate(subject, tmp_path, "--n", "4", "cluster.gpus_per_node=2")
+    done = evaluate(subject, tmp_path, "--n", "4", "cluster.gpus_per_node=2", ranks=2)
     assert done.returncode == 0, done.stderr
     assert records(tmp_path) == records(evaluated)
     assert results(tmp_path) == results(evaluated)
@@ -192,7 +197,7 @@ def test_two_replicas_give_what_one_does(subject: Path, evaluated: Path, tmp_pat
 def test_bad_input_is_one_sentence(
     subject: Path, tmp_path: Path, arguments: list[str], benchmarks: str, sentence: str
 ) -> None:
-    done = evaluate(subject, tmp_path, *arguments, benchmarks=benchmarks)
+    done = evaluate(subject, tmp_path, *arguments, benchmarks=benchmarks, ranks=0)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("left out: ")]
     assert sentence in line
@@ -200,7 +205,7 @@ def test_bad_input_is_one_sentence(
 
 def test_another_evaluation_in_the_folder(subject: Path, evaluated: Path) -> None:
     before = (evaluated / "responses.jsonl").read_bytes()
-    done = evaluate(subject, evaluated, "--n", "4", "--rescore", "seed=4")
+    done = evaluate(subject, evaluated, "--n", "4", "--rescore", "seed=4", ranks=0)
     assert done.returncode == 2
     assert "holds another evaluation: seed was 3 there and is 4 here; give another --out" in done.stderr
     assert (evaluated / "responses.jsonl").read_bytes() == before
@@ -221,6 +226,6 @@ def test_a_hugging_face_folder_takes_the_recipe_from_overrides(subject: Path, ev
 
 
 def test_a_folder_that_is_nothing(subject: Path, tmp_path: Path) -> None:
-    done = evaluate(tmp_path, tmp_path / "out", beside=subject)
+    done = evaluate(tmp_path, tmp_path / "out", beside=subject, ranks=0)
     assert done.returncode == 2
     assert "is no run (recipe.json), no checkpoint of one and no Hugging Face folder (config.json)" in done.stderr

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from command_line import train
+from command_line import run_command, train_ranks
 from eapo_megatron.config import RecipeError
 from eapo_megatron.data import arithmetic_examples, arithmetic_tokenizer
 from eapo_megatron.evaluation.measured_credit import all_states, described, measurable, sampled_states
@@ -142,18 +142,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run.yaml").write_text(RECIPE + f"logging: {{run_dir: {folder}, tensorboard: false}}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-        train(folder / "run.yaml")
+        train_ranks(folder / "run.yaml")
     return folder / "run"
 
 
-def python(run: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join([str(run.parent), environment.get("PYTHONPATH", "")]),
-        "COLUMNS": "200",
-    }
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def environment(run: Path) -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join([str(run.parent), os.environ.get("PYTHONPATH", "")]), "COLUMNS": "200"}
 
 
 def by_transformers(run: Path, folder: Path) -> list[dict[str, float]]:
@@ -193,7 +187,13 @@ def by_transformers(run: Path, folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_the_credit_of_a_run_is_that_of_its_exported_model(run: Path, tmp_path: Path) -> None:
-    done = python(run, "-c", BOTH, run)
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH, str(run)],
+        env=os.environ | environment(run),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     exact, sampled = json.loads(done.stdout.splitlines()[-1])
     assert (exact["exact"], sampled["exact"], exact["prompts"], sampled["prompts"]) == (True, False, 3, 3)
@@ -208,7 +208,7 @@ def test_the_credit_of_a_run_is_that_of_its_exported_model(run: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_the_command_writes_figure_table_page_and_numbers(run: Path, tmp_path: Path) -> None:
-    done = python(run, "-m", "eapo_megatron.cli", "report", run, "--credit", "--out", tmp_path)
+    done = run_command(["report", run, "--credit", "--out", tmp_path], **environment(run))
     assert done.returncode == 0, done.stderr
     (measured,) = json.loads((tmp_path / CREDIT_FILE).read_text())
     assert measured["run"] == "run"

@@ -51,7 +51,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for world_size in sorted(set(LAUNCHES.values())):
         folders[world_size] = tmp_path_factory.mktemp(f"nemo_{world_size}")
         names = [name for name, size in LAUNCHES.items() if size == world_size]
-        run_cases(SCRIPT, world_size, [], folders[world_size], names, timeout=900)
+        run_cases(SCRIPT, world_size, [], folders[world_size], names, timeout=900, fresh=True)
     return folders
 
 

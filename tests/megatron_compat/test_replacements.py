@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe import moe_utils
 
 import eapo_megatron
+from eapo_megatron.megatron_compat.importing import IMPORTED_UNCOMPILED
 from eapo_megatron.megatron_compat.replacements import (
     CPU_RUNTIME,
     CUDA_TENSOR_TYPES,
@@ -22,17 +23,15 @@ from eapo_megatron.megatron_compat.replacements import (
     REPLACEMENTS,
     SAVE_IN_PROCESS,
     STEPS_KEPT_ON_LOAD,
-    Replacement,
-    install,
-    is_installed,
-    replaced,
 )
+from eapo_megatron.megatron_compat.replacing import Replacement, install, is_installed, replaced
 from launch import run_ranks
 
 PACKAGE = Path(eapo_megatron.__file__).parent
 SCRIPT = Path(__file__).parents[1] / "ranks" / "cpu_beside_gpu.py"
 DISPATCHER = "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
 EXPECTED = [
+    "torch.compile",
     "torch.cuda.current_device",
     "torch.cuda.synchronize",
     "torch.cuda.manual_seed",
@@ -76,7 +75,15 @@ by_name = pytest.mark.parametrize("entry", REPLACEMENTS, ids=[entry.label for en
 
 def test_the_list_holds_these_attributes() -> None:
     assert [entry.label for entry in REPLACEMENTS] == EXPECTED
-    groups = (CPU_RUNTIME, CUDA_TENSOR_TYPES, LATENT_ATTENTION, SAVE_IN_PROCESS, STEPS_KEPT_ON_LOAD, LOAD_WITHOUT_CODE)
+    groups = (
+        IMPORTED_UNCOMPILED,
+        CPU_RUNTIME,
+        CUDA_TENSOR_TYPES,
+        LATENT_ATTENTION,
+        SAVE_IN_PROCESS,
+        STEPS_KEPT_ON_LOAD,
+        LOAD_WITHOUT_CODE,
+    )
     assert [entry for group in groups for entry in group] == list(REPLACEMENTS)
 
 
@@ -150,7 +157,7 @@ def test_types_are_named_as_on_a_gpu_and_conversions_stay() -> None:
 
 
 def test_a_policy_trains_on_the_cpu_of_a_machine_with_a_gpu(tmp_path: Path) -> None:
-    [output] = run_ranks(SCRIPT, 1, [tmp_path])
+    [output] = run_ranks(SCRIPT, 1, [tmp_path], fresh=True)
     results = json.loads(output.splitlines()[-1])
     resumed = {"applied": True, "moved": True, "loaded": True}
     assert results == {

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from rich.console import Console
 
+from command_line import run_command
 from eapo_megatron.config import GPUS, RecipeError
 from eapo_megatron.planning.gpus import GPU_MEMORY, usable_bytes
 from eapo_megatron.planning.memory import worst_rank
@@ -96,11 +95,24 @@ def test_a_layout_on_half_of_the_ranks_does_not_fit() -> None:
     assert 18 * plan.layout.shape.total_parameters / (plan.smallest.world_size // 2) > plan.usable
 
 
-def test_no_layout_for_responses_too_long() -> None:
-    padded = "train={packing: padded, micro_batch_size: 1000, micro_batch_tokens: null}"
-    plan = plan_of(DENSE, "rollout.max_response_tokens=130000", padded)
+@pytest.mark.parametrize(
+    ("train", "keys"),
+    [
+        ("packing: padded, micro_batch_size: 1000, micro_batch_tokens: null", "train.micro_batch_size"),
+        (
+            "micro_batch_size: 9000, micro_batch_tokens: 1000000000, num_prompts_per_step: 8192, "
+            "mini_batch_prompts: 8192",
+            "train.micro_batch_size and train.micro_batch_tokens",
+        ),
+    ],
+)
+def test_no_layout_for_batches_too_large(train: str, keys: str) -> None:
+    plan = plan_of(DENSE, "rollout.max_response_tokens=130000", f"train={{{train}}}")
     assert plan.fits is False
     assert plan.smallest is None
+    text = io.StringIO()
+    print_plan(plan, Console(width=200, file=text))
+    assert f"nodes does: lower {keys} or rollout.max_batch_size." in text.getvalue()
 
 
 def test_more_of_a_recipe_takes_more_memory() -> None:
@@ -179,11 +191,6 @@ def test_the_report_names_every_part() -> None:
     ],
 )
 def test_command_line(overrides: list[str], code: int, stream: str, sentence: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "eapo_megatron.cli", "plan", DENSE, *overrides],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command(["plan", DENSE, *overrides])
     assert done.returncode == code, done.stderr
     assert sentence in getattr(done, stream)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from command_line import metrics, train
+from command_line import metrics, train_ranks
 from eapo_megatron.algorithms import QUADRANTS, quadrant_masks
 from eapo_megatron.data import arithmetic_tokenizer
 from eapo_megatron.data.prompts import Prompt
@@ -138,16 +138,16 @@ def test_a_resume_drops_later_steps_and_what_a_kill_left(tmp_path: Path) -> None
 def test_a_run_is_the_same_with_records_and_after_a_resume(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE + f"logging: {{run_dir: {tmp_path}, tensorboard: false}}\n")
-    train(recipe, "name=plain", "train.steps=3")
+    train_ranks(recipe, "name=plain", "train.steps=3")
     record = "logging.record_tokens=2"
-    train(recipe, "name=whole", "train.steps=3", record)
+    train_ranks(recipe, "name=whole", "train.steps=3", record)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "plain")
     assert not (tmp_path / "plain" / "tokens").exists()
 
-    train(recipe, "name=resumed", "train.steps=1", record)
+    train_ranks(recipe, "name=resumed", "train.steps=1", record)
     later = tmp_path / "resumed" / "tokens" / "step_000002.parquet"
     later.write_bytes(b"of a killed run")
-    train(recipe, "name=resumed", "train.steps=3", record)
+    train_ranks(recipe, "name=resumed", "train.steps=3", record)
     whole, resumed = (recorded_steps(tmp_path / name) for name in ("whole", "resumed"))
     assert list(whole) == list(resumed) == [1, 2, 3]
     for step in whole:

@@ -6,11 +6,9 @@ ends too. Nothing outside the cluster's folder is touched; ports are free ones.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -18,7 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch import PR_SET_PDEATHSIG, free_port
+from launch import free_port
+from processes import die_with_parent
 
 NODES = ("node1", "node2", "node3", "node4")
 MISSING = [name for name in ("slurmctld", "slurmd", "sbatch", "unshare") if shutil.which(name) is None]
@@ -127,8 +126,4 @@ def started(folder: Path) -> Iterator[Cluster]:
 
 def _daemon(cluster: Cluster, *command: str) -> subprocess.Popen:
     null = subprocess.DEVNULL  # each has a log file
-    return subprocess.Popen(command, env=cluster.environment, stdout=null, stderr=null, preexec_fn=_die_with_parent)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return subprocess.Popen(command, env=cluster.environment, stdout=null, stderr=null, preexec_fn=die_with_parent)

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from command_line import metrics, train
+from command_line import metrics, train_ranks
 from eapo_megatron import cli
 from eapo_megatron.checksums import CHECKSUMS_FILE, checksum, files_of, write_checksums
 from eapo_megatron.config import RecipeError
@@ -101,7 +101,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipe.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-        train(folder / "recipe.yaml", "name=run", f"logging.run_dir={folder / 'runs'}")
+        train_ranks(folder / "recipe.yaml", "name=run", f"logging.run_dir={folder / 'runs'}")
     return folder / "runs" / "run"
 
 
@@ -290,4 +290,4 @@ def _resume(copy: Path, run: Path, *overrides: str, expect: int = 0) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(run.parents[1]), prepend=os.pathsep)
         recipe = run.parents[1] / "recipe.yaml"
-        return train(recipe, "name=run", f"logging.run_dir={copy.parent}", *overrides, expect=expect)
+        return train_ranks(recipe, "name=run", f"logging.run_dir={copy.parent}", *overrides, expect=expect)

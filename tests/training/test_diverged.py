@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from command_line import metrics, train
+from command_line import metrics, train_ranks
 from eapo_megatron.data import arithmetic_tokenizer
 
 RECIPE = """
@@ -51,16 +51,16 @@ def poison(folder: Path, value: float) -> None:
 
 def test_rollouts_whatever_dynamic_sampling_does(recipe: Path, tmp_path: Path) -> None:
     poison(tmp_path / "model", float("nan"))
-    said = train(recipe, "algorithm.dynamic_sampling_rounds=2", expect=1)
+    said = train_ranks(recipe, "algorithm.dynamic_sampling_rounds=2", expect=1)
     assert "error: step 3: 3 updates in a row had NaN or Inf in the rollouts; the last good checkpoint is in" in said
     assert [line["skipped_updates"] for line in metrics(tmp_path / "runs" / "recipe", first_step=1)] == [1, 2]
 
 
 def test_warm_start(recipe: Path, tmp_path: Path) -> None:
-    said = train(recipe, "warm_start={steps: 2, lr: 30, lr_warmup_steps: 0}", expect=1)
+    said = train_ranks(recipe, "warm_start={steps: 2, lr: 30, lr_warmup_steps: 0}", expect=1)
     assert "error: the warm start diverged (loss 3." in said
     poison(tmp_path / "model", float("nan"))
-    said = train(recipe, "name=nan", "warm_start.steps=6", expect=1)
+    said = train_ranks(recipe, "name=nan", "warm_start.steps=6", expect=1)
     assert "error: warm start: 3 updates in a row had NaN or Inf in a loss or gradient" in said
     assert not (tmp_path / "runs" / ".warm_start").exists()
     assert "Traceback" not in said

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from command_line import checkpoints, metrics, tensors, train
+from command_line import checkpoints, metrics, run_command, tensors
+from eapo_megatron.recipe_files import load_recipe
+from killing import kill_rank_0
 
 RECIPE = """
 seed: 5
@@ -51,23 +54,19 @@ class Alone(NamedTuple):
     changes: list[str]  # of the file system
 
 
-def environment(folder: Path) -> dict[str, str]:
+def run(folder: Path, layout: str, *, kill_at: int, expect: int) -> None:
     (folder / "lengths.py").write_text(
         "def even_length(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
     )
     (folder / "recipe.yaml").write_text(RECIPE)
-    killed = Path(__file__).parents[1] / "killed"
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(killed), os.environ.get("PYTHONPATH", "")])}
-
-
-def run(folder: Path, layout: str, *, kill_at: int, expect: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(folder).items():
-            patch.setenv(name, value)
-        patch.setenv("KILL_BELOW", f"{folder / 'runs'}/")
-        patch.setenv("KILL_AT", str(kill_at))
-        patch.setenv("KILL_LOG", str(folder / "changes.log"))
-        train(folder / "recipe.yaml", "name=run", f"logging.run_dir={folder / 'runs'}", *LAYOUTS[layout], expect=expect)
+    overrides = ["name=run", f"logging.run_dir={folder / 'runs'}", *LAYOUTS[layout]]
+    done = run_command(
+        ["train", folder / "recipe.yaml", *overrides],
+        load_recipe(folder / "recipe.yaml", overrides).cluster.world_size,
+        first=partial(kill_rank_0, f"{folder / 'runs'}/", kill_at, str(folder / "changes.log")),
+        PYTHONPATH=os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+    )
+    assert done.returncode == expect, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from command_line import checkpoints, last_step, metrics, tensors, train, train_until
+from command_line import checkpoints, last_step, metrics, tensors, train_ranks, train_until
 from eapo_megatron.records.tokens import recorded_steps
 from eapo_megatron.weights.convert import to_hf
 
@@ -73,7 +73,7 @@ def recorded_tokens(run: Path) -> list[list[dict]]:
 
 def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arithmetic: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    train(arithmetic, "name=whole")
+    train_ranks(arithmetic, "name=whole")
     whole = metrics(runs / "whole")
     assert [line["step"] for line in whole] == [0, 1, 2, 3, 4, 5, 6]
     assert all(line["grad_norm"] > 0 for line in whole[1:])
@@ -82,7 +82,7 @@ def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arith
     in_seconds = "cluster.timeout_minutes=0.25"
     stopped = {"until": checkpoint.is_dir, "send": signal.SIGSTOP, "to": "last rank"}
     assert train_until(arithmetic, "name=hung", in_seconds, **stopped) != 0
-    train(arithmetic, "name=hung", "train.steps=5")
+    train_ranks(arithmetic, "name=hung", "train.steps=5")
     resumed = metrics(runs / "hung")
     assert resumed[:5] == whole[:5]
     assert {f"eval/amc/{name}" for name in ("avg@4", "pass@1", "pass@2", "pass@4")} <= resumed[3].keys()
@@ -96,7 +96,7 @@ def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arith
     # At TP 2 too rank 0 alone records tokens, and the steps that are done again replace what they had recorded.
     assert recorded_tokens(runs / "hung") == recorded_tokens(runs / "whole")[:5]
 
-    train(arithmetic, "name=hung", "parallel.tensor_model_parallel_size=1", "train.micro_batch_size=3")
+    train_ranks(arithmetic, "name=hung", "parallel.tensor_model_parallel_size=1", "train.micro_batch_size=3")
     at_other_layout = metrics(runs / "hung", first_step=6)[0]
     for name, value in whole[6].items():
         assert at_other_layout[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
@@ -121,7 +121,7 @@ STATEFUL = [
 def test_what_methods_keep_survives_a_resume_bit_for_bit(arithmetic: Path, tmp_path: Path) -> None:
     """Clip-Cov's draws, the adaptive entropy bonus, and the reference policy of a warm-started run."""
     whole, moved = (tmp_path / runs / "methods" for runs in ("runs", "moved"))
-    train(arithmetic, "name=methods", "train.steps=4", *STATEFUL)
+    train_ranks(arithmetic, "name=methods", "train.steps=4", *STATEFUL)
     lines = metrics(whole)
     assert [line["entropy_bonus/coefficient"] for line in lines[1:]] == pytest.approx([0.0, 0.01, 0.02, 0.03])
     assert all(0 < line["selected_share"] < 0.2 for line in lines[1:])
@@ -130,7 +130,7 @@ def test_what_methods_keep_survives_a_resume_bit_for_bit(arithmetic: Path, tmp_p
     for step in (3, 4):
         shutil.rmtree(moved / "checkpoints" / f"step_{step:06d}")
     overrides = ["name=methods", "train.steps=4", *STATEFUL, f"logging.run_dir={moved.parent}"]
-    assert "resumed from step 2" in train(arithmetic, *overrides)
+    assert "resumed from step 2" in train_ranks(arithmetic, *overrides)
     assert not (moved.parent / ".warm_start").exists()
     assert metrics(moved) == lines
     ours = tensors(moved / "checkpoints" / "step_000004", tmp_path / "moved.pt")
@@ -139,15 +139,15 @@ def test_what_methods_keep_survives_a_resume_bit_for_bit(arithmetic: Path, tmp_p
 
     shutil.rmtree(moved / "checkpoints" / "step_000004")
     at_cp2 = ["parallel={tensor_model_parallel_size: 1, context_parallel_size: 2}", "train.packing=segments"]
-    train(arithmetic, *overrides, *at_cp2)
+    train_ranks(arithmetic, *overrides, *at_cp2)
     for name, value in lines[4].items():
         assert metrics(moved, first_step=4)[0][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     shutil.rmtree(moved / "checkpoints" / "step_000004")
     file = next((moved / "reference").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    assert "the reference policy is damaged: " in train(arithmetic, *overrides, expect=2)
+    assert "the reference policy is damaged: " in train_ranks(arithmetic, *overrides, expect=2)
     shutil.rmtree(moved / "reference")
-    said = train(arithmetic, *overrides, expect=2)
+    said = train_ranks(arithmetic, *overrides, expect=2)
     assert f"{moved / 'reference'} is not there: the run cannot go on without the reference policy" in said
 
 
@@ -156,7 +156,7 @@ def test_context_ranks_that_share_experts_go_on_at_tp2(arithmetic: Path, tmp_pat
     text = text.replace("tensor_model_parallel_size: 2", "context_parallel_size: 2, expert_model_parallel_size: 2")
     arithmetic.write_text(text.replace("micro_batch_size: 8", "micro_batch_size: 8, packing: segments"))
     whole, moved = (tmp_path / runs / "experts" for runs in ("runs", "moved"))
-    train(arithmetic, "name=experts", "train.steps=3")
+    train_ranks(arithmetic, "name=experts", "train.steps=3")
     assert all(line["grad_norm"] > 0 for line in metrics(whole, first_step=1))
     shutil.copytree(whole, moved)
     shutil.rmtree(moved / "checkpoints" / "step_000003")
@@ -167,7 +167,7 @@ def test_context_ranks_that_share_experts_go_on_at_tp2(arithmetic: Path, tmp_pat
         "sequence_parallel=true",
     ]
     overrides = [f"logging.run_dir={moved.parent}", *(f"parallel.{setting}" for setting in at_tp2)]
-    train(arithmetic, "name=experts", "train.steps=3", *overrides)
+    train_ranks(arithmetic, "name=experts", "train.steps=3", *overrides)
     (at_other_layout,) = metrics(moved, first_step=3)
     for name, value in metrics(whole, first_step=3)[0].items():
         assert at_other_layout[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
@@ -189,10 +189,10 @@ def test_real_prompts_at_tp2_pp2_resumed_after_sigkill(tmp_path: Path) -> None:
         "train.steps=5",
         "logging.record_tokens=1",
     ]
-    train(recipe, "name=whole", *overrides)
+    train_ranks(recipe, "name=whole", *overrides)
     checkpoint = runs / "killed" / "checkpoints" / "step_000002"
     train_until(recipe, "name=killed", *overrides, until=checkpoint.is_dir, send=signal.SIGKILL, to="launcher")
-    said = train(recipe, "name=killed", *overrides)
+    said = train_ranks(recipe, "name=killed", *overrides)
     assert "resumed from step" in said
     assert metrics(runs / "killed") == metrics(runs / "whole")
     assert all(line["grad_norm"] > 0 for line in metrics(runs / "whole", first_step=1))
@@ -235,7 +235,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step(arithmetic: Path, tmp_p
 
 def test_a_diverging_run_stops_with_its_checkpoint_intact(arithmetic: Path, tmp_path: Path) -> None:
     one_rank = ["cluster.gpus_per_node=1", "parallel.tensor_model_parallel_size=1", "name=diverges"]
-    said = train(arithmetic, *one_rank, "algorithm.loss.entropy_coef=3e38", expect=1)  # an infinite loss
+    said = train_ranks(arithmetic, *one_rank, "algorithm.loss.entropy_coef=3e38", expect=1)  # an infinite loss
     assert "error: step 2: 3 updates in a row had NaN or Inf in a loss or gradient" in said
     (line,) = metrics(tmp_path / "runs" / "diverges", first_step=1)
     assert line["skipped_updates"] == 2

@@ -32,7 +32,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model_folder(folder, PADDED)
     for world_size in (1, 2):
         names = [name for name in LAYOUTS if (name == "single") == (world_size == 1)]
-        run_cases(SCRIPT, world_size, [], folder, names, timeout=1500)
+        run_cases(SCRIPT, world_size, [], folder, names, timeout=1500, fresh=True)
     return folder
 
 

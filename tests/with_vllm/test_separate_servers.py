@@ -70,7 +70,7 @@ def test_trainers_meet_separate_servers(
     """The second trainer meets a server that has served the first."""
     recipe = recipe_of(folder, placement="separate", addresses=[addresses[index] for index in used])
     out = tmp_path / "results.json"
-    run_ranks(TESTS / "ranks" / "vllm_transfer.py", ranks, [json.dumps(recipe), out], timeout=200)
+    run_ranks(TESTS / "ranks" / "vllm_transfer.py", ranks, [json.dumps(recipe), out], timeout=200, fresh=True)
     for version, result in enumerate(json.loads(out.read_text()), start=1):
         assert result["versions"] == [version] * 5
         assert result["difference"] < 1e-4

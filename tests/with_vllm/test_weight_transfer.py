@@ -42,7 +42,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def launched(ranks: int) -> dict[str, Path]:
         folders = {name: tmp_path_factory.mktemp("transfer") for name in CASES if world_size(name) == ranks}
         pairs = [(json.dumps(recipe_of(name, folder)), folder / "results.json") for name, folder in folders.items()]
-        run_ranks(TESTS / "ranks" / "vllm_transfer.py", ranks, list(chain(*pairs)), timeout=480)
+        run_ranks(TESTS / "ranks" / "vllm_transfer.py", ranks, list(chain(*pairs)), timeout=480, fresh=True)
         return folders
 
     return lambda name: launched(world_size(name))[name]
