@@ -125,8 +125,8 @@ class Layout:
 
     @property
     def response_tokens_read(self) -> int:
-        """Tokens of responses that it reads then; of padded rows the last one counts, though nothing is made of it."""
-        return self.responses_per_step * (self.recipe.rollout.max_response_tokens - self.is_packed)
+        """Tokens of responses that it reads then: all but the last of each."""
+        return self.responses_per_step * (self.recipe.rollout.max_response_tokens - 1)
 
     @property
     def decodes_itself(self) -> bool:

@@ -27,9 +27,11 @@ def micro_batches(recipe: Recipe, replicas: int) -> MicroBatches:
 def _padded(recipe: Recipe, replicas: int) -> MicroBatches:
     train, prompt, response = recipe.train, recipe.data.max_prompt_tokens, recipe.rollout.max_response_tokens
     group = recipe.rollout.num_generations_per_prompt
+    multiple = recipe.parallel.tensor_model_parallel_size if recipe.parallel.sequence_parallel else 1
+    width = -(-(prompt + response - 1) // multiple) * multiple
     return MicroBatches(
         count=-(-train.mini_batch_prompts * group // (replicas * train.micro_batch_size)),
-        tokens=train.micro_batch_size * (prompt + response),
+        tokens=train.micro_batch_size * width,
         answered=train.micro_batch_size * response,
         copies=group,
     )

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from eapo_megatron.policy.batching import Batch, TokenData
 from eapo_megatron.policy.optimizer import PolicyOptimizer, build_optimizer
 from eapo_megatron.policy.policy_model import Policy, build_policy
 from eapo_megatron.policy.runtime import start_runtime, stop_runtime
-from eapo_megatron.policy.worker import PolicyWorker
+from eapo_megatron.policy.worker import PolicyWorker, Update
 from eapo_megatron.weights.huggingface import HuggingFaceWeights, RandomWeights
 from eapo_megatron.weights.load import load_weights
 from eapo_megatron.weights.parameters import named_weights
@@ -154,11 +155,28 @@ def recorded_update(
 ) -> dict[str, Any]:
     """An update with the weights and the gradients that it begins with."""
     before = full_tensors(worker.policy)
-    worker.accumulate(batch, rows, Algorithm(), tokens)
-    gradients = complete_gradients(worker.policy)
-    update = worker.update(batch, rows, optimizer, Algorithm(), tokens)
+    update, gradients = update_and_gradients(worker, batch, rows, optimizer, Algorithm(), tokens)
     kept = {"norm": update.metrics["grad_norm"], "lr": update.metrics["lr"], "applied": update.applied}
     return {"weights": before, "gradients": gradients, **kept}
+
+
+def update_and_gradients(
+    worker: PolicyWorker,
+    batch: Batch,
+    rows: Sequence[int],
+    optimizer: PolicyOptimizer,
+    algorithm: Algorithm,
+    tokens: TokenData,
+) -> tuple[Update, dict[str, Tensor]]:
+    """An update, and the gradients that its optimizer step was given."""
+    gradients: dict[str, Tensor] = {}
+
+    def step(**given: bool) -> tuple[bool, float]:
+        gradients.update(complete_gradients(worker.policy))
+        return optimizer.step(**given)
+
+    observed: Any = SimpleNamespace(lr=optimizer.lr, step=step)
+    return worker.update(batch, rows, observed, algorithm, tokens), gradients
 
 
 def unchanged(policy: Policy, optimizer: PolicyOptimizer, step: Callable[[], bool]) -> dict[str, bool]:

@@ -178,7 +178,7 @@ def keep(saved: list[Tensor], tensor: Tensor) -> Tensor:
 def micro_batch_of(run: Run, hf_config: Mapping[str, Any], runtime: Runtime) -> tuple[Tensor, Tensor, Segments | None]:
     """This rank's tokens of a micro-batch at its full length, and their positions."""
     if run.packing == "padded":
-        length = PROMPT_TOKENS + RESPONSE_TOKENS
+        length = PROMPT_TOKENS + RESPONSE_TOKENS - 1
         ids = torch.randint(hf_config["vocab_size"], (run.micro_batch_size, length))
         return ids, torch.arange(length).expand_as(ids), None
     batch, budget = batch_of(hf_config, runtime.device), Budget(run.micro_batch_size)

@@ -24,7 +24,7 @@ from eapo_megatron.rollout.engine import SamplingParams
 from eapo_megatron.rollout.megatron_engine import MegatronEngine
 from eapo_megatron.weights.huggingface import HuggingFaceWeights, RandomWeights
 from eapo_megatron.weights.load import load_weights
-from every_layout import complete_gradients
+from every_layout import complete_gradients, update_and_gradients
 from exported import full_tensors
 from launch import cases, free_port
 from layouts import (
@@ -68,9 +68,7 @@ def measure(name: str, models: Path, replay: str) -> tuple[Runtime, dict[str, An
         algorithm = Algorithm.from_config({"loss": {"aggregation": aggregation}}, key="algorithm")
         tokens = TokenData(weights=algorithm.weights(batch.mask_of(rows), batch.group_ids), **inputs)
         before = full_tensors(policy)
-        worker.accumulate(batch, rows, algorithm, tokens)
-        gradients = complete_gradients(policy)
-        update = worker.update(batch, rows, optimizer, algorithm, tokens)
+        update, gradients = update_and_gradients(worker, batch, rows, optimizer, algorithm, tokens)
         left = [
             len(router.replay_backward_list)
             for module in policy.modules
