@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= $(shell expr $$(nproc) + 1)# of the suite: the ranks of a test wait for one another
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: setup train train-vllm study study-quick test suite test-random test-isas test-kills test-vllm test-nemo test-nemo2 test-nemo-rl test-slurm test-docs test-wheel coverage docs lint benchmark benchmark-vllm benchmark-step
@@ -22,7 +23,7 @@ study-quick: setup
 test: lint suite
 
 suite: setup
-	$(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 # Property tests alone, on fresh examples and many. A failure prints the decorator that draws its example again.
 test-random: setup

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 
 # Triton's interpreter runs kernels on CPU tensors. Triton reads this as it is imported, which Megatron does too.
 if not torch.cuda.is_available():
@@ -47,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
 
 def _starts_ranks(imported: Any) -> bool:
-    return imported is torch.multiprocessing or getattr(imported, "__module__", None) in ("launch", "command_line")
+    return getattr(imported, "__module__", None) in ("launch", "command_line", "processes")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def cases(out: Path, names: Sequence[str]) -> Iterator[str]:
 
 
 def result_of(out: Path, name: str, *, part: str = "") -> Any:
-    """What the ranks of a case saved as NAME.pt, or one of its parts.
+    """What the ranks of a case saved as NAME.pt, or one of its parts: the same object at each call.
 
     Raises:
         AssertionError: with the ranks' stderr, when the case failed.
@@ -146,7 +147,12 @@ def result_of(out: Path, name: str, *, part: str = "") -> Any:
     __tracebackhide__ = True
     if _error(out, name).exists():
         raise AssertionError(f"{name}: {_error(out, name).read_text()}")
-    return torch.load(out / f"{name}{part}.pt", weights_only=False)
+    return _loaded(out / f"{name}{part}.pt")
+
+
+@cache
+def _loaded(path: Path) -> Any:
+    return torch.load(path, weights_only=False)
 
 
 def _begun(out: Path, name: str) -> Path:

@@ -52,6 +52,17 @@ def start(
     return process
 
 
+def on_ranks(function: Callable[..., object], *args: Any, size: int) -> None:
+    """Calls `function(rank, *args)` in `size` processes at once.
+
+    Raises:
+        Exception: with the traceback of the first that fails; the others are ended.
+    """
+    import torch.multiprocessing  # seconds, which a process that starts afresh need not spend on it
+
+    torch.multiprocessing.start_processes(function, args, nprocs=size, start_method="forkserver")
+
+
 def _run(function: Callable[..., object], args: tuple, environment: dict[str, str], files: list[Path]) -> None:
     gc.freeze()  # collections, Megatron asks for many, need not search what is imported
     die_with_parent()

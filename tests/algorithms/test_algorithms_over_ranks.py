@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from random_batches import Batch, random_batch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from eapo_megatron.algorithms import (
     shape_advantages,
 )
 from eapo_megatron.algorithms.group_statistics import token_statistics
+from processes import on_ranks
 
 COLLECTIVES = [
     name
@@ -199,7 +199,7 @@ def compute_part(rank: int, folder: str) -> None:
 
 
 def test_results_do_not_depend_on_the_split_over_ranks(tmp_path: Path) -> None:
-    mp.spawn(compute_part, args=(str(tmp_path),), nprocs=len(ROWS))
+    on_ranks(compute_part, str(tmp_path), size=len(ROWS))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(ROWS))]
     for seed in range(3):
         batch = random_batch(9, 5, seed)

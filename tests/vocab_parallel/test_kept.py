@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from eapo_megatron.vocab_parallel import linear_kept_log_probs_and_entropy, linear_log_probs_and_entropy
+from processes import on_ranks
 
 RANKS, WIDTH, HIDDEN, TOKENS, VOCAB = 2, 11, 7, 24, 20  # two columns of the last rank are padding
 TEMPERATURE = 0.7
@@ -89,7 +89,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 
 def test_shards_of_the_vocabulary(tmp_path: Path) -> None:
-    mp.spawn(on_rank, args=(str(tmp_path),), nprocs=RANKS)
+    on_ranks(on_rank, str(tmp_path), size=RANKS)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     for entropy_grad, one, other in zip((False, True), first, second, strict=True):
         for value, same in zip(one[:3], other[:3], strict=True):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rounding import assert_near
 from test_linear import reference
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from eapo_megatron.vocab_parallel import linear_log_probs_and_entropy
 from eapo_megatron.vocab_parallel.linear_tiles import BLOCK
+from processes import on_ranks
 
 RANKS = 4  # as one group of four and as two groups of two, where the rank in the group is not the global one
 WIDTH = BLOCK + 13  # rows of a rank
@@ -103,7 +103,7 @@ def compute_shards(rank: int, folder: str) -> None:
 
 
 def test_shards_agree_with_the_whole_vocabulary(tmp_path: Path) -> None:
-    mp.spawn(compute_shards, args=(str(tmp_path),), nprocs=RANKS)
+    on_ranks(compute_shards, str(tmp_path), size=RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     for group in (ranks[:2], ranks[2:], ranks):
         for name, (hidden, weight, targets, settings) in cases(len(group)).items():

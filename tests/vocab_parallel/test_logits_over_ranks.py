@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rounding import assert_near
 from test_logits import reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from eapo_megatron.vocab_parallel import vocab_parallel_log_probs_and_entropy
+from processes import on_ranks
 
 RANKS = 4  # as one group of four and as two groups of two, where the rank in the group is not the global one
 WIDTH = 13  # columns of a rank: a multiple of nothing
@@ -91,7 +91,7 @@ def upstream_of(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_shards_agree_with_the_whole_vocabulary(tmp_path: Path) -> None:
-    mp.spawn(compute_shards, args=(str(tmp_path),), nprocs=RANKS)
+    on_ranks(compute_shards, str(tmp_path), size=RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     for group in (ranks[:2], ranks[2:], ranks):
         for name, (logits, targets, settings) in cases(len(group)).items():
