@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from eapo_megatron.launcher import free_port
 from processes import start
 
 TESTS = Path(__file__).parent
@@ -165,10 +165,3 @@ def _error(out: Path, name: str) -> Path:
 
 def _errors(folder: Path, ranks: Sequence[int]) -> str:
     return "\n".join(f"--- rank {rank}\n{(folder / f'{rank}.err').read_text()[-6000:]}" for rank in ranks)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

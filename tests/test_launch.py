@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
+import socket
 from pathlib import Path
 
 import pytest
 
+from eapo_megatron.launcher import free_port
 from launch import result_of, run_cases
 
 SCRIPT = """
@@ -53,3 +56,14 @@ def test_a_case_that_fails_shows_its_error_and_the_others_go_on(script: Path, tm
 def test_ranks_that_fail_before_any_case_fail_the_launch(script: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="no start"):
         run_cases(script, 2, [], tmp_path, ["no start"], timeout=60)
+
+
+def test_a_free_port_is_one_that_nobody_listens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = free_port()
+    with socket.socket() as listener:
+        taken = free_port()
+        listener.bind(("127.0.0.1", taken))
+        listener.listen()
+        drawn = iter([taken - 20_000, taken - 20_000, free - 20_000])
+        monkeypatch.setattr(secrets, "randbelow", lambda _: next(drawn))
+        assert free_port() == free

@@ -79,7 +79,7 @@ def test_a_hung_run_ends_and_resumes_bit_for_bit_then_under_another_layout(arith
     assert all(line["grad_norm"] > 0 for line in whole[1:])
 
     checkpoint = runs / "hung" / "checkpoints" / "step_000002"
-    in_seconds = "cluster.timeout_minutes=0.25"
+    in_seconds = "cluster.timeout_minutes=0.5"
     stopped = {"until": checkpoint.is_dir, "send": signal.SIGSTOP, "to": "last rank"}
     assert train_until(arithmetic, "name=hung", in_seconds, **stopped) != 0
     train_ranks(arithmetic, "name=hung", "train.steps=5")
