@@ -110,17 +110,15 @@ def copy_recipe(name: str, destination: Path) -> Path:
 
 
 def parse_recipe(settings: dict[str, Any], *, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Validates settings read from `source` and from dotted overrides of it (named in errors).
+    """Validates settings read from `source` and from dotted overrides of it.
 
     Raises:
-        RecipeError: one sentence naming the source, or the override, and the first wrong key.
+        RecipeError: one sentence naming the source, or saying that it is an override, and the first wrong key.
     """
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        key = ".".join(_location(error))
-        overridden_here = any(f"{key}.".startswith(f"{text.partition('=')[0]}.") for text in overrides)
-        place = "override " if overridden_here else f"{source}: "
+        place = "override " if _holds(_read_overrides(overrides), _location(error)) else f"{source}: "
         raise RecipeError(place + _first_problem(error)) from error
 
 
@@ -214,6 +212,17 @@ def _read_overrides(overrides: Sequence[str]) -> Any:
 def _location(error: ValidationError) -> list[str]:
     """The names of the first wrong key, without its places in a list."""
     return [part for part in error.errors()[0]["loc"] if isinstance(part, str)]
+
+
+def _holds(settings: Any, location: Sequence[str]) -> bool:
+    """Whether nested settings give the value at this place, or one in which it would lie."""
+    for name in location:
+        if not isinstance(settings, dict):
+            return settings is not None
+        if name not in settings:
+            return False
+        settings = settings[name]
+    return bool(location)
 
 
 def _first_problem(error: ValidationError) -> str:

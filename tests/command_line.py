@@ -34,10 +34,13 @@ def train(recipe: Path, *overrides: str, expect: int = 0, timeout: float = 600) 
     return done.stderr
 
 
-def train_ranks(recipe: Path, *overrides: str, expect: int = 0, timeout: float = 600) -> str:
-    """Runs the ranks that `train` would start, in processes that need not import anything first -> stderr."""
+def train_ranks(recipe: Path, *overrides: str, expect: int = 0, **of_command: Any) -> str:
+    """Runs the ranks that `train` would start, in processes that need not import anything first -> stderr.
+
+    Options are those of `run_command`.
+    """
     world_size = load_recipe(recipe, overrides).cluster.world_size
-    done = run_command(["train", str(recipe), *overrides], world_size, timeout=timeout)
+    done = run_command(["train", recipe, *overrides], world_size, **of_command)
     assert done.returncode == expect, done.stderr[-4000:]
     return done.stderr
 

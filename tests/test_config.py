@@ -114,6 +114,7 @@ def test_a_wrong_setting_is_one_sentence_naming_the_key(recipe: Path, override: 
     [
         ("optimizer: {lr: -1}", [], "FILE:"),
         ("optimizer: {lr: -1}", ["optimizer.lr_warmup_steps=2"], "FILE:"),
+        ("optimizer: {lr: -1}", ["optimizer={lr_warmup_steps: 2}"], "FILE:"),
         ("", ["optimizer.lr=1e-4", "optimizer.lr=-1"], "override"),
         ("", ["seed=3", "optimizer={lr: -1}"], "override"),
         ("optimizer: {lr: -1}", ["optimizer.lr=-2"], "override"),

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from command_line import checkpoints, metrics, run_command, tensors
-from eapo_megatron.recipe_files import load_recipe
+from command_line import checkpoints, metrics, tensors, train_ranks
 from killing import kill_rank_0
 
 RECIPE = """
@@ -59,14 +58,15 @@ def run(folder: Path, layout: str, *, kill_at: int, expect: int) -> None:
         "def even_length(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
     )
     (folder / "recipe.yaml").write_text(RECIPE)
-    overrides = ["name=run", f"logging.run_dir={folder / 'runs'}", *LAYOUTS[layout]]
-    done = run_command(
-        ["train", folder / "recipe.yaml", *overrides],
-        load_recipe(folder / "recipe.yaml", overrides).cluster.world_size,
+    train_ranks(
+        folder / "recipe.yaml",
+        "name=run",
+        f"logging.run_dir={folder / 'runs'}",
+        *LAYOUTS[layout],
+        expect=expect,
         first=partial(kill_rank_0, f"{folder / 'runs'}/", kill_at, str(folder / "changes.log")),
         PYTHONPATH=os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
     )
-    assert done.returncode == expect, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
