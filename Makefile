@@ -2,6 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= $(shell expr $$(nproc) + 1)# of the suite: the ranks of a test wait for one another
 export HF_HUB_OFFLINE ?= 1
+# Images set it: then each of the many processes of the tests would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup train train-vllm study study-quick test suite test-random test-isas test-kills test-vllm test-nemo test-nemo2 test-nemo-rl test-slurm test-docs test-wheel coverage docs lint benchmark benchmark-vllm benchmark-step
 

@@ -124,8 +124,8 @@ def _says(program: str, *arguments: str) -> str:
     if shutil.which(program) is None:
         return f"no {program}"
     done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=False)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    return lines[0] if lines else f"{program} prints nothing, exit code {done.returncode}"
+    first = next(iter((done.stdout + done.stderr).strip().splitlines()), "nothing")
+    return first if done.returncode == 0 else f"no: {program} ends with code {done.returncode} and says: {first}"
 
 
 def _used() -> Iterator[tuple[str, str]]:

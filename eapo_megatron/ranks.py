@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
@@ -134,5 +133,12 @@ def _train(settings: Recipe, ingredients: Ingredients, stop_request: StopRequest
         stop_runtime()
         raise typer.Exit(error.exit_code) from error
     if runtime.is_main:
-        print(json.dumps(summary["held_out"]))
+        print(_ended(settings.run_folder, summary))
     stop_runtime()
+
+
+def _ended(folder: Path, summary: Mapping[str, Any]) -> str:
+    """A run's last line: where it is, and what came of it."""
+    rates = [summary["held_out"][f"solve_rate_{moment}"] for moment in ("start", "end")]
+    held_out = "" if None in rates else ", held-out solve rate {:.1%} -> {:.1%}".format(*rates)
+    return f"{folder}: step {summary['step']}{held_out}"

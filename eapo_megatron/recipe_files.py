@@ -118,7 +118,8 @@ def parse_recipe(settings: dict[str, Any], *, source: str, overrides: Sequence[s
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        place = "override " if _holds(_read_overrides(overrides), _location(error)) else f"{source}: "
+        given = rename_keys(_read_overrides(overrides), RENAMED, source=source)
+        place = "override " if _holds(given, _location(error)) else f"{source}: "
         raise RecipeError(place + _first_problem(error)) from error
 
 

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from eapo_megatron.megatron_compat.importing import import_megatron
+
 # Triton's interpreter runs kernels on CPU tensors. Triton reads this as it is imported, which Megatron does too.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # Tensors of tests are small: threads would spend their time waiting for each other, here and in what tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+import_megatron()  # before a test module does it, in twice the time
 
 # NeMo's environment has no hypothesis: nothing that runs there is a property test.
 if importlib.util.find_spec("hypothesis"):

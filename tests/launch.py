@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,10 @@ def first_codes(processes: Sequence[BaseProcess], timeout: float) -> list[int | 
     """Their exit codes once one has failed, all are done or `timeout` seconds are over; None for one that runs."""
     deadline = time.monotonic() + timeout
     while None in (codes := [process.exitcode for process in processes]):
-        if any(codes) or time.monotonic() > deadline:
+        left = deadline - time.monotonic()
+        if any(codes) or left <= 0:
             break
-        time.sleep(0.02)
+        wait([process.sentinel for process, code in zip(processes, codes, strict=True) if code is None], left)
     return codes
 
 

@@ -27,6 +27,9 @@ FORKED.set_forkserver_preload(
         "eapo_megatron.training.session",
         "eapo_megatron.training.loop",
         "eapo_megatron.evaluation.answers",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.tokenization_utils_tokenizers",
     ]
 )
 

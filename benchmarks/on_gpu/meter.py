@@ -72,10 +72,11 @@ def measured(call: Callable[[], Any], device: torch.device) -> Measured:
         result = call()
         torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
+        gc.collect()  # cycles may hold what nothing uses
         peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
         return Measured(result, seconds, peak - before, held - before)
     start = time.perf_counter()
-    result, allocations, _ = profiled(call)
+    (result, _), allocations, _ = profiled(lambda: (call(), gc.collect()))
     seconds = time.perf_counter() - start
     return Measured(result, seconds, max(accumulate(allocations), default=0), sum(allocations))
 

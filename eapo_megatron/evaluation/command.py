@@ -73,10 +73,11 @@ def rescore_all(evaluation: Evaluation) -> None:
 
 
 def report_evaluation(evaluation: Evaluation) -> None:
-    """Writes results.json and prints the table."""
-    found = results(evaluation.examination, evaluation.file)
-    write_json(evaluation.file.folder / RESULTS_FILE, found)
+    """Writes results.json and prints the table, then where it is."""
+    found, path = results(evaluation.examination, evaluation.file), evaluation.file.folder / RESULTS_FILE
+    write_json(path, found)
     print_results(found, Console(), evaluation.ks)
+    print(path)
 
 
 def _numbers(text: str) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -71,34 +72,30 @@ def _of_task(
 
 
 def print_results(found: dict[str, Any], console: Console, ks: Sequence[int] = ()) -> None:
-    """One line a benchmark, percentages with their intervals; Pass@k for each of `ks`, without any for n."""
-    columns = (
-        "benchmark",
-        "problems",
-        "n",
-        "Avg@n %",
-        *([f"Pass@{k} %" for k in ks] or ["Pass@n %"]),
-        "mean tokens",
-        "truncated",
-        "no verdict",
-        "left out",
-    )
-    table = Table(*columns)
+    """A benchmark's percentages over their intervals, and a line on its responses; Pass@k for each of `ks`, or for n.
+
+    The table fits 80 columns, a log's, with up to three of `ks`.
+    """
+    percentages = ["Avg@n %", *([f"Pass@{k} %" for k in ks] or ["Pass@n %"])]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("benchmark", "responses", *percentages):
+        table.add_column(column, no_wrap=True)
     for name, of in found["benchmarks"].items():
         n = str(of["n"])
         table.add_row(
             name,
-            str(of["problems"]),
-            n,
+            f"{of['problems']} x {n}",
             _percent(of["avg_at_k"][n], of["intervals"]["avg_at_k"][n]),
             *(_percent(of["pass_at_k"][k], of["intervals"]["pass_at_k"][k]) for k in [*map(str, ks)] or [n]),
-            f"{of['mean_length']:.1f}",
-            str(of["truncated"]),
-            str(of["no_verdict"]),
-            str(len(of["left_out"])),
         )
     console.print(table)
+    for name, of in found["benchmarks"].items():
+        console.print(
+            f"{name}: mean length {of['mean_length']:.1f} tokens; {of['truncated']} truncated, "
+            f"{of['no_verdict']} without verdict, {len(of['left_out'])} left out",
+            soft_wrap=True,
+        )
 
 
 def _percent(value: float, ends: list[float]) -> str:
-    return f"{100 * value:.1f} ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
+    return f"{100 * value:.1f}\n{100 * ends[0]:.1f}-{100 * ends[1]:.1f}"

@@ -172,7 +172,8 @@ def _width(figure: Figure) -> float:
 
 @contextmanager
 def _canvas() -> Iterator[Canvas]:
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of some scripts: a box in the PNG, text in the SVG
         yield Canvas(layout="constrained")
 
 
@@ -188,14 +189,16 @@ def _fit(canvas: Canvas, width: float, height: float) -> None:
         rows = -(-len(handles) // columns)
         canvas.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns, columnspacing=1.4)
     canvas.set_size_inches(width, height + rows * _LEGEND_ROW)
+    engine = canvas.get_layout_engine()
+    assert engine is not None
+    engine.execute(canvas)
+    canvas.set_layout_engine(None)  # or each file would lay it out again, by a drawing of its own
 
 
 def _bytes_of(canvas: Canvas, form: str, **options: Any) -> bytes:
     sink = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else None  # the same records give the same bytes
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of some scripts: a box in the PNG, text in the SVG
-        canvas.savefig(sink, format=form, metadata=metadata, **options)
+    canvas.savefig(sink, format=form, metadata=metadata, **options)
     return sink.getvalue()
 
 

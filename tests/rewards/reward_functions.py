@@ -28,6 +28,10 @@ def ends_a_child(response: str, answer: object) -> float:
     return float(-child.wait())
 
 
+def has_sympy(response: str, answer: object) -> float:
+    return float("sympy" in sys.modules)
+
+
 def process_id(response: str, answer: object) -> float:
     return float(os.getpid())
 

@@ -115,6 +115,11 @@ def test_a_parameter_that_nothing_fills_is_refused() -> None:
         check_reward("reward_functions:asks_for_more")
 
 
+def test_a_worker_loads_sympy_for_mathematics_alone() -> None:
+    with RewardPool(num_workers=1, timeout_seconds=5.0, reward="reward_functions:has_sympy") as pool:
+        assert pool.score(["anything"], ["1"]).rewards == [0.0]
+
+
 def test_mathematics_with_an_answer_that_never_ends() -> None:
     responses = [r"\boxed{5}", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{2+3}", "#### 6", r"\boxed{x=5}"]
     with RewardPool(num_workers=1, timeout_seconds=2.0) as pool:
