@@ -19,7 +19,6 @@ if not torch.cuda.is_available():
 # Tensors of tests are small: threads would spend their time waiting for each other, here and in what tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-import_megatron()  # before a test module does it, in twice the time
 
 # NeMo's environment has no hypothesis: nothing that runs there is a property test.
 if importlib.util.find_spec("hypothesis"):
@@ -30,6 +29,11 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile("same examples")
 
 SCRIPT = Path(__file__).parent / "ranks" / "every_layout.py"
+
+
+def pytest_collection() -> None:
+    """Test modules would import Megatron too, in twice the time. The process that hands out tests collects none."""
+    import_megatron()
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -389,7 +389,7 @@ def old_policy_offsets(batch: Batch) -> torch.Tensor:
 # Prompts of different lengths, one of a single token, with differing numbers of responses.
 ROLLOUT_PROMPTS = [[3, 4, 5, 6, 7, 30, 31], [7, 8], [9, 10, 11, 12], [36]]
 ROLLOUT_SEEDS = [[11, 12, 13], [21, 22], [31, 32, 33, 34], [41, 42]]
-RESPONSE_TOKENS = 12
+RESPONSE_TOKENS = 8
 
 
 class Response(NamedTuple):

@@ -10,7 +10,7 @@ from eapo_megatron.planning.layout import Layout
 from eapo_megatron.planning.shape import model_shape
 from eapo_megatron.recipe_files import parse_recipe
 
-PROMPT_TOKENS, RESPONSE_TOKENS = 56, 41
+PROMPT_TOKENS, RESPONSE_TOKENS = 84, 13
 
 _DENSE = {
     "vocab_size": 1003,  # padded in every layout
