@@ -133,11 +133,11 @@ def _train(settings: Recipe, ingredients: Ingredients, stop_request: StopRequest
         stop_runtime()
         raise typer.Exit(error.exit_code) from error
     if runtime.is_main:
-        print(_ended(settings.run_folder, summary))
+        print(outcome(settings.run_folder, summary))
     stop_runtime()
 
 
-def _ended(folder: Path, summary: Mapping[str, Any]) -> str:
+def outcome(folder: Path, summary: Mapping[str, Any]) -> str:
     """A run's last line: where it is, and what came of it."""
     rates = [summary["held_out"][f"solve_rate_{moment}"] for moment in ("start", "end")]
     held_out = "" if None in rates else ", held-out solve rate {:.1%} -> {:.1%}".format(*rates)

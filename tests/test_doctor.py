@@ -51,6 +51,15 @@ def test_a_broken_package_is_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert rows["GPUs"]  # and the rest is there
 
 
+def test_a_program_that_fails_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "sbatch"
+    program.write_text("#!/bin/sh\necho 'sbatch: fatal: no slurm.conf' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = dict(doctor.diagnose())["SLURM"]
+    assert said == "no: sbatch ends with code 1 and says: sbatch: fatal: no slurm.conf"
+
+
 def test_the_version_is_said_in_one_place_and_the_same_everywhere() -> None:
     version = eapo_megatron.__version__
     assert command("--version").stdout == f"{version}\n"

@@ -17,6 +17,7 @@ from eapo_megatron.config import RecipeError
 from eapo_megatron.policy.batching import Batch, TokenData, make_batch
 from eapo_megatron.policy.checkpoint import STATE_FILE, STATE_VERSION, Checkpoints
 from eapo_megatron.policy.responses import Responses
+from eapo_megatron.ranks import outcome
 from eapo_megatron.stopping import TrainingStoppedError
 from eapo_megatron.training.session import Progress, Run
 
@@ -251,3 +252,10 @@ def test_records_are_on_disk_before_a_checkpoint_and_settled_after_it() -> None:
     with pytest.raises(TrainingStoppedError, match="another process has taken run: step not saved"):
         Run.save(run)  # type: ignore[arg-type]
     assert order == ["sync", "save", "settle"]
+
+
+def test_the_last_line_says_where_the_run_is_and_what_came_of_it() -> None:
+    rates = {"solve_rate_start": 0.402, "solve_rate_end": 0.6914}
+    said = outcome(Path("runs/a"), {"step": 100, "held_out": rates})
+    assert said == "runs/a: step 100, held-out solve rate 40.2% -> 69.1%"
+    assert outcome(Path("runs/a"), {"step": 9, "held_out": rates | {"solve_rate_end": None}}) == "runs/a: step 9"
