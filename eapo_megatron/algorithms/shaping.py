@@ -128,7 +128,7 @@ def eapo(
     phi: float = 2.0,
     without: Sequence[str] = (),
 ) -> Tensor:
-    """Entropy-aware credit: see `eapo_advantages`."""
+    """A + alpha sign(A) clip((H - mu) / sigma, +-|A| / phi), A in the quadrants `without` (EAPO, Eq. 6 and 7)."""
     return eapo_advantages(
         inputs.advantages,
         inputs.entropies,
