@@ -65,7 +65,8 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
         ),
         (
             "algorithm.shaping.name=absent.module:f",
-            "algorithm.shaping.name 'absent.module:f' cannot be imported: Module",
+            "algorithm.shaping.name 'absent.module:f' cannot be imported: ModuleNotFoundError: No module named "
+            "'absent' (its folder must be on PYTHONPATH)",
         ),
         ("algorithm.shaping.name=json:__all__", "algorithm.shaping.name 'json:__all__' is no function but list"),
         ("algorithm.correction.name=mis", "algorithm.correction.name must be one of none, tis, icepop"),
@@ -88,7 +89,7 @@ def test_dotted_overrides_come_last(recipe: Path) -> None:
         ),
         ("parallel.context_parallel_size=0", "parallel.context_parallel_size: input should be greater than or equal"),
         ("train.mini_batch_prompts=1000", "train.mini_batch_prompts 1000 exceeds train.num_prompts_per_step 64"),
-        ("model.path=x", "model: give either path (a Hugging Face folder) or architecture"),
+        ("model.path=x", "model: give path (a Hugging Face folder) or architecture"),
         ("data.train_path=x", "data: give either task (built in), train_path (a fi"),
         ("data.template=hello", "data: template must be"),
         ("parallel.sequence_parallel=true", "parallel: sequence_parallel needs tensor_model_parallel_size > 1"),

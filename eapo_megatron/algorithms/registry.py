@@ -38,6 +38,8 @@ def imported(key: str, path: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a user's module raises as it is imported
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            reason += " (its folder must be on PYTHONPATH)"
         raise ValueError(f"{key} {path!r} cannot be imported: {reason}") from error
     if not callable(function):
         raise ValueError(f"{key} {path!r} is no function but {type(function).__name__}")

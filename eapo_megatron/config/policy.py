@@ -78,7 +78,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Model:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("give either path (a Hugging Face folder) or architecture (random weights), not both")
+            raise ValueError("give path (a Hugging Face folder) or architecture (random weights): one of the two")
         return self
 
 
@@ -111,7 +111,7 @@ class Parallel(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1")
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1: set it false")
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
         if self.expert_model_parallel_size == 1 and self.expert_tensor_size != self.tensor_model_parallel_size:

@@ -93,7 +93,7 @@ class Train(Section):
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Tokens that the model reads in one packed micro-batch, at most; null: any number. See docs/packing.md."""
     max_skipped_in_a_row: int = Field(3, ge=1)
-    """Updates in a row with NaN or Inf after which the run stops."""
+    """Updates in a row with NaN or Inf, or steps without any verdict of the reward, after which the run stops."""
 
     @model_validator(mode="after")
     def _budget(self) -> Train:

@@ -100,6 +100,8 @@ def load_benchmark(benchmark: Benchmark, folder: Path | None, *, key: str) -> Pr
 def _file(benchmark: Benchmark, folder: Path, key: str) -> Path:
     names = [prefix + benchmark.name + suffix for prefix in ("", "test_") for suffix in SUFFIXES]
     with naming_files(folder):
+        if not folder.is_dir():
+            raise RecipeError(f"{key} {folder} is not a folder")
         there = [folder / name for name in names if (folder / name).exists()]
     if len(there) != 1:
         what = f"has {' and '.join(path.name for path in there)}" if there else f"has none of {', '.join(names)}"

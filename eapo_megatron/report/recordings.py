@@ -113,7 +113,9 @@ class RecordedRun:
         shaping = algorithm.get("shaping", {})
         loss, shaped = algorithm.get("loss", {}).get("name", _USUAL_LOSS), shaping.get("name", "eapo")
         name = self.recipe.get("method")
-        if name is None and loss != _USUAL_LOSS:
+        if of_user := [choice for choice in (loss, shaped) if ":" in choice]:
+            name = "+".join(of_user)
+        elif name is None and loss != _USUAL_LOSS:
             name = loss
         elif name is None and shaped == "none":
             name = algorithm.get("advantage_estimator", "grpo")

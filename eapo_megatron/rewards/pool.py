@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -39,6 +39,7 @@ REWARDS = {"math": "eapo_megatron.rewards.mathematics:math_reward"}
 _WORKER_PROGRAM = "from eapo_megatron.rewards.worker import main; main()"
 _START_SECONDS = 120.0  # importing sympy from a cold network file system takes a while
 _MAX_CHUNK = 64
+_MAX_WARNINGS = 3  # of one error in one batch; the others are counted
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ class RewardPool:
         if not 0 < timeout_seconds < math.inf:
             raise ValueError(f"timeout_seconds must be positive and finite, got {timeout_seconds}")
         if reward not in REWARDS and not all(reward.partition(":")):
-            raise ValueError(f'reward must be one of {sorted(REWARDS)} or "package.module:function", got {reward!r}')
+            raise ValueError(
+                f'reward must be {" or ".join(sorted(REWARDS))}, or "package.module:function", got {reward!r}'
+            )
         self._num_workers = num_workers
         self._timeout_seconds = timeout_seconds
         self._reward = REWARDS.get(reward, reward)
@@ -158,6 +161,7 @@ class RewardPool:
     def _score(self, responses: list[str], answers: list[Any], contexts: list[dict[str, Any]]) -> RewardBatch:
         rewards: dict[int, float] = {}
         timeouts = crashes = 0
+        errors: Counter[str | None] = Counter()
         queue = deque(range(len(responses)))
         # Several chunks a worker: one slow chunk then leaves no other worker idle for long.
         chunk_size = max(1, min(_MAX_CHUNK, len(responses) // (4 * self._num_workers)))
@@ -180,11 +184,16 @@ class RewardPool:
                 if reward is None:
                     timeouts += event == "expired"
                     crashes += event != "expired"
-                    logger.warning("no reward for an answer to be compared with %.200r: %s", answers[index], error)
+                    errors[error] += 1
+                    if errors[error] <= _MAX_WARNINGS:
+                        logger.warning("no reward for an answer to be compared with %.200r: %s", answers[index], error)
                 if isinstance(event, Outcome):
                     worker.deadline = time.monotonic() + self._timeout_seconds
                 else:
                     self._replace(worker, queue)
+        for error, count in errors.items():
+            if count > _MAX_WARNINGS:
+                logger.warning("no reward for %d more answers: %s", count - _MAX_WARNINGS, error)
         return RewardBatch([rewards[index] for index in range(len(responses))], timeouts, crashes)
 
     def _send(self, worker: _Worker, answers: list[tuple[str, Any, dict[str, Any]]], queue: deque[int]) -> None:

@@ -216,6 +216,11 @@ class Collected:
         """Whether no log-prob of what was drawn is NaN or Inf: a policy that has diverged samples all the same."""
         return all(bool(part.responses.log_probs.isfinite().all()) for part in self.drawn)
 
+    @property
+    def has_verdict(self) -> bool:
+        """Whether any response that was drawn has a reward."""
+        return any(bool((~part.rewards.isnan()).any()) for part in self.drawn)
+
     def metrics(self, positive_threshold: float, version: int) -> dict[str, float]:
         """Of all that was drawn, before any group is left out; staleness in updates of weights before `version`."""
         everything = Rollouts.concatenated(self.drawn)

@@ -21,7 +21,8 @@ Departures from textbook GRPO (arXiv 2402.03300), most of them by setting:
 - groups whose rewards are all equal are replaced by new ones (`algorithm.dynamic_sampling_rounds`, DAPO);
 - rollouts are sampled while the policy trains, some updates behind it (`rollout.max_staleness`);
 - responses without a verdict (a reward function of the user that crashed or ran out of time) are left out;
-- an update with NaN or Inf in its loss or gradients is skipped, and too many in a row end the run.
+- a step whose responses have no verdict at all, and an update with NaN or Inf in its loss or gradients, is skipped;
+  too many in a row end the run.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def train_step(run: Run) -> dict[str, float]:
     run.progress.position = collected.position
     metrics, groups = collected.metrics(recipe.reward.positive_threshold, run.sampler.engine.version), collected.groups
     if not collected.is_finite:
-        run.count(applied=False, where="the rollouts")
+        run.count(applied=False, problem="NaN or Inf in the rollouts")
+        return metrics
+    if not collected.has_verdict:
+        run.count(applied=False, problem=f"no verdict of {recipe.reward.function} on any response")
         return metrics
     if not groups.prompts:
         run.progress.skipped_steps += 1
@@ -96,7 +100,7 @@ def train_step(run: Run) -> dict[str, float]:
     with run.timer("old_policy"):
         old_log_probs, entropies = run.old_policy(batch)
     if not bool(torch.isfinite(old_log_probs).all() & torch.isfinite(entropies).all()):
-        run.count(applied=False, where="the old policy")
+        run.count(applied=False, problem="NaN or Inf in the old policy")
         return metrics
     ref_log_probs = run.reference_log_probs(batch)
     with run.timer("advantages"):
@@ -151,8 +155,9 @@ def log(run: Run, metrics: dict[str, float]) -> None:
     metrics["memory/peak_gib"] = max(run.runtime.gather_objects(run.runtime.peak_memory_bytes())) / 2**30
     if run.records is not None:
         run.records.log(run.progress.step, metrics)
-        note = f"solve rate {metrics.get('rollout/solve_rate', metrics.get('held_out/solve_rate', 0)):.3f}"
-        run.records.advance("training", run.progress.step, run.recipe.train.steps, note)
+        rates = {"solve rate": "rollout/solve_rate", "held-out solve rate": "held_out/solve_rate"}
+        notes = [f"{words} {metrics[name]:.3f}" for words, name in rates.items() if name in metrics]
+        run.records.advance("training", run.progress.step, run.recipe.train.steps, ", ".join(notes))
 
 
 def agree_to_stop(run: Run) -> None:

@@ -167,13 +167,13 @@ class Run:
             data = replace(data, selected=algorithm.selected(inputs))
         return data
 
-    def count(self, *, applied: bool, where: str = "a loss or gradient") -> None:
-        """Counts an optimizer step, or one that was skipped because `where` had NaN or Inf.
+    def count(self, *, applied: bool, problem: str = "NaN or Inf in a loss or gradient") -> None:
+        """Counts an optimizer step, or one that was skipped because it had a problem.
 
         Raises:
             TrainingStoppedError: after too many skipped ones in a row.
         """
-        progress, limit = self.progress, self.recipe.train.max_skipped_in_a_row
+        progress, limit, folder = self.progress, self.recipe.train.max_skipped_in_a_row, self.checkpoints.folder
         if applied:
             progress.optimizer_steps += 1
             progress.skipped_in_a_row = 0
@@ -181,10 +181,9 @@ class Run:
         progress.skipped_updates += 1
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row >= limit:
-            raise TrainingStoppedError(
-                f"step {progress.step}: {limit} updates in a row had NaN or Inf in {where}; "
-                f"the last good checkpoint is in {self.checkpoints.folder}"
-            )
+            is_there = any(folder.glob("step_*"))
+            left = f"the last good checkpoint is in {folder}" if is_there else "there is no checkpoint yet"
+            raise TrainingStoppedError(f"step {progress.step}: {limit} updates in a row had {problem}; {left}")
 
     def record_samples(self, rollouts: Rollouts) -> None:
         """Keeps a few responses of this step."""

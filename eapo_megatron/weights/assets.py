@@ -72,7 +72,8 @@ def save_run_assets(
             left_out = copy_assets(Path(model.path), folder)
         else:
             tokenizer.save_pretrained(folder)
-            write_whole_config(folder, hf_config)
+            ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+            write_whole_config(folder, {**ends, **hf_config})
         if model.tokenizer is not None:
             left_out += copy_assets(Path(model.tokenizer), folder, tokenizer_only=True)
         if any("token" in name for name in left_out):

@@ -131,7 +131,7 @@ def read_hf_config(folder: Path, *, key: str = "model.path") -> dict[str, Any]:
     """
     with naming_files(folder):
         if not (folder / "config.json").exists():
-            raise RecipeError(f"{key} {folder} has no config.json")
+            raise RecipeError(f"{key} {folder} {'has no config.json' if folder.is_dir() else 'is not a folder'}")
     return read_config_file(folder / "config.json")
 
 

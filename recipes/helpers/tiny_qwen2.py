@@ -63,3 +63,4 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     arguments = parser.parse_args()
     make_checkpoint(arguments.text_file, arguments.folder)
+    print(arguments.folder)

@@ -198,6 +198,7 @@ def test_follow_refreshes_and_ctrl_c_ends_it_with_code_0(tmp_path: Path) -> None
         ({"algorithm": {"shaping": {"name": "none"}, "advantage_estimator": "rloo"}}, "rloo"),
         ({"algorithm": {"shaping": {"name": "quadrant", "only": ["phr", "plr"]}}}, "phr+plr"),
         ({"algorithm": {"shaping": {"name": "none"}, "loss": {"name": "gspo"}}}, "gspo"),
+        ({"method": "eapo", "algorithm": {"shaping": {"name": "mine:confident"}}}, "mine:confident"),
         ({"method": "dapo", "algorithm": {"shaping": {"name": "none"}}}, "dapo"),
         ({}, "folder"),
     ],

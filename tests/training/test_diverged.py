@@ -52,8 +52,22 @@ def poison(folder: Path, value: float) -> None:
 def test_rollouts_whatever_dynamic_sampling_does(recipe: Path, tmp_path: Path) -> None:
     poison(tmp_path / "model", float("nan"))
     said = train_ranks(recipe, "algorithm.dynamic_sampling_rounds=2", expect=1)
-    assert "error: step 3: 3 updates in a row had NaN or Inf in the rollouts; the last good checkpoint is in" in said
+    assert "error: step 3: 3 updates in a row had NaN or Inf in the rollouts; there is no checkpoint yet\n" in said
     assert [line["skipped_updates"] for line in metrics(tmp_path / "runs" / "recipe", first_step=1)] == [1, 2]
+
+
+def test_a_reward_without_a_verdict_is_said_and_ends_the_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text("def reward(response, answer):\n    raise KeyError('weight')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = train_ranks(recipe, "reward.function=broken:reward", expect=1)
+    sentence = "step 3: 3 updates in a row had no verdict of broken:reward on any response; there is no checkpoint yet"
+    assert f"error: {sentence}\n" in said
+    assert said.count("no reward for an answer to be compared with") == 3 * said.count(
+        " more answers: KeyError: 'weight'"
+    )
+    assert "no reward for 13 more answers: KeyError: 'weight'" in said
 
 
 def test_warm_start(recipe: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_describes_an_architecture_to_transformers(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path / "huggingface")
     assert config.architectures == ["Qwen2ForCausalLM"]
     assert config.hidden_size == architecture["hidden_size"]
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def test_is_written_once(tmp_path: Path) -> None:
