@@ -112,7 +112,10 @@ def parse_json(text: str, where: str) -> Any:
     except RecursionError as error:
         raise RecipeError(f"{where}: JSON nested too deeply to be read") from error
     except ValueError as error:  # malformed, or a number of more digits than Python reads
-        raise RecipeError(f"{where}: malformed JSON ({_one_line(error)})") from error
+        reason = _one_line(error)
+        if isinstance(error, json.JSONDecodeError) and "\n" not in text.strip():  # `where` says the line
+            reason = f"{error.msg} at column {error.colno}"
+        raise RecipeError(f"{where}: malformed JSON ({reason})") from error
 
 
 def is_text(value: str) -> bool:

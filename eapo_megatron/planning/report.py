@@ -150,7 +150,9 @@ def _verdict(plan: Plan) -> Iterator[str]:
     if plan.fits:
         yield f"Fits: {room}."
         return
-    yield f"Does not fit: {room}."
+    phases = {"training": memory.training_peak, "rollouts": memory.rollout_peak}
+    too_large = [phase for phase, peak in phases.items() if peak > plan.usable] or ["the reference policy"]
+    yield f"Does not fit: {room}. Too large: {' and '.join(too_large)}."
     smallest = plan.smallest
     if smallest is None:
         budget = "" if plan.layout.recipe.train.micro_batch_tokens is None else " and train.micro_batch_tokens"

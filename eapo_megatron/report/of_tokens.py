@@ -85,7 +85,10 @@ def words(experiments: Sequence[Experiment]) -> Figure | str:
 
 def shaded_response(experiments: Sequence[Experiment]) -> Figure | str:
     """A correct and an incorrect response to one prompt, each token shaded by its entropy (Figure 11)."""
-    for tokens in reversed(recorded_tokens(experiments)):
+    recorded = recorded_tokens(experiments)
+    if not recorded:
+        return f"two responses: {NO_RECORDS}"
+    for tokens in reversed(recorded):
         group_of, correct = tokens.group_of, tokens.correct
         for group in range(int(group_of[-1]), -1, -1):
             rows = np.flatnonzero(group_of == group)

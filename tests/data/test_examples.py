@@ -80,7 +80,11 @@ GOOD = '{"problem": "a?", "answer": "1"}'
     [
         ("data.jsonl", None, "data.jsonl: no such file"),
         ("data.csv", "a,b", "data.csv: file type must be .json, .jsonl or .parquet"),
-        ("data.jsonl", f"{GOOD}\n\n{{broken\n", "data.jsonl, line 3: malformed JSON"),
+        (
+            "data.jsonl",
+            f"{GOOD}\n\n{{broken\n",
+            r"data.jsonl, line 3: malformed JSON \(Expecting .* at column 2\)",
+        ),
         ("data.jsonl", f"{GOOD}\n[1]\n", "data.jsonl, line 2: must be an object, got list"),
         ("data.jsonl", f'{GOOD}\n{{"problem": "b?"}}', r"data.jsonl, line 2: no field 'answer', the fields are \["),
         ("data.json", "[", "data.json: malformed JSON"),

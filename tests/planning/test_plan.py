@@ -187,6 +187,8 @@ def test_the_report_names_every_part() -> None:
     ("overrides", "code", "stream", "sentence"),
     [
         (["cluster.gpu=l40s-48gb"], 1, "stdout", "The smallest layout that does"),
+        (["rollout.max_batch_size=1024"], 1, "stdout", "Too large: rollouts."),
+        (["cluster.gpus_per_node=2"], 1, "stdout", "Too large: training and rollouts."),
         (["model.path=/models/nothing"], 2, "stderr", "error: model.path /models/nothing is not a folder"),
     ],
 )
