@@ -50,7 +50,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         try:
             resolved = _merged(method_settings(resolved), resolved)
         except ValueError as error:
-            place = "override" if isinstance(given, dict) and "method" in given else f"{path}:"
+            place = "override" if _holds(given, ["method"]) else f"{path}:"
             raise RecipeError(f"{place} method: {error}") from error
     return parse_recipe(resolved, source=str(path), overrides=overrides)
 

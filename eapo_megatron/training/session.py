@@ -173,7 +173,7 @@ class Run:
         Raises:
             TrainingStoppedError: after too many skipped ones in a row.
         """
-        progress, limit, folder = self.progress, self.recipe.train.max_skipped_in_a_row, self.checkpoints.folder
+        progress, limit = self.progress, self.recipe.train.max_skipped_in_a_row
         if applied:
             progress.optimizer_steps += 1
             progress.skipped_in_a_row = 0
@@ -181,8 +181,8 @@ class Run:
         progress.skipped_updates += 1
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row >= limit:
-            is_there = any(folder.glob("step_*"))
-            left = f"the last good checkpoint is in {folder}" if is_there else "there is no checkpoint yet"
+            steps, folder = self.checkpoints.steps(), self.checkpoints.folder
+            left = f"the last good checkpoint is in {folder}" if steps else "there is no checkpoint yet"
             raise TrainingStoppedError(f"step {progress.step}: {limit} updates in a row had {problem}; {left}")
 
     def record_samples(self, rollouts: Rollouts) -> None:

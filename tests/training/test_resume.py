@@ -236,7 +236,9 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step(arithmetic: Path, tmp_p
 def test_a_diverging_run_stops_with_its_checkpoint_intact(arithmetic: Path, tmp_path: Path) -> None:
     one_rank = ["cluster.gpus_per_node=1", "parallel.tensor_model_parallel_size=1", "name=diverges"]
     said = train_ranks(arithmetic, *one_rank, "algorithm.loss.entropy_coef=3e38", expect=1)  # an infinite loss
-    assert "error: step 2: 3 updates in a row had NaN or Inf in a loss or gradient" in said
+    assert (
+        "error: step 2: 3 updates in a row had NaN or Inf in a loss or gradient; the last good checkpoint is in" in said
+    )
     (line,) = metrics(tmp_path / "runs" / "diverges", first_step=1)
     assert line["skipped_updates"] == 2
     assert [path.name for path in (tmp_path / "runs" / "diverges" / "checkpoints").iterdir()] == ["step_000001"]
